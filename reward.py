@@ -1,0 +1,119 @@
+"""The λ-Harmonic reward: ALIGN-I, ALIGN-T and their weighted harmonic mean (arXiv 2407.12164, section 4).
+
+ALIGN-I says how much a picture looks like the reference photos, ALIGN-T how well it fits its prompt. The harmonic mean
+is low when either is, so that neither a copied photo nor a stranger's portrait gets a high reward.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from model.align import ALIGN
+    from model.tokenizer import BertTokenizer
+
+
+def lambda_harmonic(image_alignment: Tensor | float, text_alignment: Tensor | float, lam: float) -> Tensor | float:
+    """r = 1 / (λ / ALIGN-I + (1−λ) / ALIGN-T), elementwise, of alignments in [0, 1]; two floats give a float.
+
+    λ = 0 is exactly the text alignment and λ = 1 exactly the image alignment, whatever the other is. In between,
+    an alignment of 0 makes the reward 0, the limit. Raises ValueError if lam is outside [0, 1].
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam (λ) must lie in [0, 1], not {lam}")
+    if lam == 0:  # at the ends the formula would be 0/0 where the ignored alignment is 0
+        return text_alignment
+    if lam == 1:
+        return image_alignment
+    if not isinstance(image_alignment, Tensor) and not isinstance(text_alignment, Tensor):
+        pair = torch.tensor([image_alignment, text_alignment], dtype=torch.float64)
+        return lambda_harmonic(pair[0], pair[1], lam).item()
+    device = image_alignment.device if isinstance(image_alignment, Tensor) else text_alignment.device
+    image, text = (torch.as_tensor(alignment, device=device) for alignment in (image_alignment, text_alignment))
+    return 1 / (lam / image + (1 - lam) / text)  # tensors: x/0 is inf and 1/inf is 0
+
+
+def strip_token(prompt: str, token: str = "[V]") -> str:
+    """The text that is scored: the prompt without the unique token, which means nothing to ALIGN.
+
+    "a [V] dog in the snow" becomes "a dog in the snow". A token of letters goes only where it is a word of its own, so
+    that "sks" leaves "asks" alone. Raises ValueError if the token is empty.
+    """
+    if not token.strip():
+        raise ValueError("the unique token must not be empty")
+    token = token.strip()
+    # Brackets bound themselves: \b beside "[" would demand a letter there, and match nothing in "a [V] dog".
+    before = r"(?<!\w)" if re.match(r"\w", token[0]) else ""
+    after = r"(?!\w)" if re.match(r"\w", token[-1]) else ""
+    return " ".join(re.sub(before + re.escape(token) + after, " ", prompt).split())
+
+
+class Reward:
+    """ALIGN's reward for pictures of one subject. The photos are embedded once, here; each text once, when first seen.
+
+    align: an ALIGN in eval mode; its device is where the work is done. photos: the reference photos, RGB PIL images.
+    token: the unique token, taken out of every prompt. batch_size: pictures or texts a forward pass.
+    Raises ValueError if there are no photos or batch_size is below 1.
+    """
+
+    def __init__(self, align: ALIGN, tokenizer: BertTokenizer, photos: list[Image.Image], token="[V]", batch_size=16):
+        if not photos:
+            raise ValueError("the reward needs at least one reference photo")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.align, self.tokenizer, self.token, self.batch_size = align, tokenizer, token, batch_size
+        self.reference_features = self._image_features(photos)  # (photos, features), unit length
+        self._text_cache: dict[str, Tensor] = {}  # stripped prompt -> (features,), unit length
+
+    def alignments(self, images: list[Image.Image], prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """(ALIGN-I, ALIGN-T), each (n,) fp32 in [0, 1] on the model's device: cosines s mapped to (s+1)/2.
+
+        images: n RGB PIL images. prompts: n, each picture's own. ALIGN-I is the mean over the reference photos.
+        Raises ValueError if there are not as many prompts as images.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"each image needs its own prompt: {len(images)} images, {len(prompts)} prompts")
+        if not images:
+            empty = self.reference_features.new_zeros(0)
+            return empty, empty.clone()
+        image = self._image_features(images)
+        text = self._text_features(prompts)
+        # Products and sums, not a matmul, which a surrounding autocast would round to bf16.
+        align_i = _to_unit((image[:, None] * self.reference_features).sum(2)).mean(1)
+        align_t = _to_unit((image * text).sum(1))
+        return align_i, align_t
+
+    def __call__(self, images: list[Image.Image], prompts: list[str], lam: float) -> Tensor:
+        """r(x, c; λ, I_ref) of each image with its own prompt: (n,) in [0, 1]. Raises ValueError, as the parts do."""
+        return lambda_harmonic(*self.alignments(images, prompts), lam)
+
+    @torch.no_grad()
+    def _image_features(self, images: list[Image.Image]) -> Tensor:
+        weight = next(self.align.parameters())  # its device and dtype are the model's
+        pixels = (self.align.preprocess(batch).to(weight) for batch in self._batches(images))
+        return torch.cat([F.normalize(self.align.image_features(x).float(), dim=1) for x in pixels])
+
+    @torch.no_grad()
+    def _text_features(self, prompts: list[str]) -> Tensor:
+        device = next(self.align.parameters()).device
+        texts = [strip_token(prompt, self.token) for prompt in prompts]
+        new = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
+        for batch in self._batches(new):
+            ids, mask = (tensor.to(device) for tensor in self.tokenizer(batch))
+            features = F.normalize(self.align.text_features(ids, mask).float(), dim=1)
+            self._text_cache.update(zip(batch, features, strict=True))
+        return torch.stack([self._text_cache[text] for text in texts])
+
+    def _batches(self, items: list) -> list[list]:
+        return [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
+
+
+def _to_unit(cosine: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1]; rounding can carry a cosine a hair outside, hence the clamp."""
+    return ((cosine + 1) / 2).clamp(0, 1)

@@ -1,0 +1,197 @@
+"""A subject: its photos, its noun, its prompts.
+
+The test prompts, the 30 subjects and their nouns are DreamBench's (google/dreambooth, prompts_and_classes.txt; CVPR
+2023); the training prompts are those of RPO's release (arXiv 2407.12164). In a prompt `{V}` stands for the unique token
+and `{noun}` for the class noun.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+INSTANCE_PROMPT = "a photo of {V} {noun}"
+
+_PLACES = (
+    "in the jungle, in the snow, on the beach, on a cobblestone street, on top of pink fabric, "
+    "on top of a wooden floor, with a city in the background, with a mountain in the background, "
+    "with a blue house in the background, on top of a purple rug in a forest"
+)
+_THING_SCENES = (
+    "with a wheat field in the background, with a tree and autumn leaves in the background, "
+    "with the Eiffel Tower in the background, floating on top of water, floating in an ocean of milk, "
+    "on top of green grass with sunflowers around it, on top of a mirror, "
+    "on top of the sidewalk in a crowded street, on top of a dirt road, on top of a white rug"
+)
+_LIVE_OUTFITS = (
+    "wearing a red hat, wearing a santa hat, wearing a rainbow scarf, wearing a black top hat and a monocle, "
+    "in a chef outfit, in a firefighter outfit, in a police outfit, wearing pink glasses, wearing a yellow shirt, "
+    "in a purple wizard outfit"
+)
+_PROPERTIES = ", ".join(f"a {word} {{V}} {{noun}}" for word in ("red", "purple", "shiny", "wet", "cube shaped"))
+
+
+def _prompts(*lists: str) -> list[str]:
+    """Comma-separated lists to prompts: an item without a {V} of its own goes behind "a {V} {noun}"."""
+    items = ", ".join(lists).split(", ")
+    return [item if "{V}" in item else "a {V} {noun} " + item for item in items]
+
+
+DREAMBENCH_PROMPTS = {
+    "live": _prompts(_PLACES, _LIVE_OUTFITS, _PROPERTIES),
+    "thing": _prompts(_PLACES, _THING_SCENES, _PROPERTIES),
+}
+TRAINING_PROMPTS = {
+    "live": _prompts(
+        "wearing a green outfit, in Vincent Van Gogh rendition, with a China Great Wall in the background",
+        "is swimming in a pool, on a subway platform, with the Statue of Liberty in the background, on the Moon",
+        "a green {V} {noun}",
+    ),
+    "thing": _prompts(
+        "in Vincent Van Gogh rendition, on the Moon, a green {V} {noun}, with a China Great Wall in the background",
+        "on top of wooden roof, with the Statue of Liberty in the background, with a volcano in the background",
+        "on a subway platform",
+    ),
+}
+
+DREAMBENCH_NOUNS = {  # folder -> noun, the 30 subjects
+    **dict.fromkeys(["cat", "cat2"], "cat"),
+    **dict.fromkeys(["dog", "dog2", "dog3", "dog5", "dog6", "dog7", "dog8"], "dog"),
+    **dict.fromkeys(["backpack", "backpack_dog"], "backpack"),
+    **dict.fromkeys(["bear_plushie", "grey_sloth_plushie", "wolf_plushie"], "stuffed animal"),
+    **dict.fromkeys(["colorful_sneaker", "shiny_sneaker"], "sneaker"),
+    **dict.fromkeys(["duck_toy", "monster_toy", "poop_emoji", "rc_car", "robot_toy"], "toy"),
+    **{"berry_bowl": "bowl", "fancy_boot": "boot", "pink_sunglasses": "glasses", "red_cartoon": "cartoon"},
+    **{noun: noun for noun in ("can", "candle", "clock", "teapot", "vase")},
+}
+_ANIMALS = (
+    "cat kitten dog puppy bird parrot chicken duck goose owl horse pony donkey cow sheep goat pig rabbit bunny hamster "
+    "mouse rat squirrel fox wolf bear lion tiger elephant giraffe monkey panda turtle tortoise lizard snake frog fish"
+)
+_PEOPLE = "person man woman boy girl child baby"
+LIVE_NOUNS = frozenset(_ANIMALS.split() + _PEOPLE.split())
+_LIFELESS = {"toy", "plush", "plushie", "stuffed", "teddy", "rubber", "hot", "figurine", "statue"}  # "teddy bear"
+
+PHOTO_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+class SubjectError(ValueError):
+    """A subject that cannot be used. The message is one line: what is wrong, where, what to do."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What one training run is about. `live` chooses between the prompts of living subjects and of things."""
+
+    folder: Path
+    noun: str  # "dog"
+    live: bool
+    token: str  # "[V]"
+    photos: list[Path]  # in order of their names, at least one
+
+    @property
+    def instance_prompt(self) -> str:
+        """The prompt the photos are trained under: "a photo of [V] dog"."""
+        return INSTANCE_PROMPT.format(V=self.token, noun=self.noun)
+
+    @property
+    def training_prompts(self) -> list[str]:
+        """The 8 prompts that draw the negatives and the validation images."""
+        return self._fill(TRAINING_PROMPTS)
+
+    @property
+    def test_prompts(self) -> list[str]:
+        """DreamBench's 25 prompts."""
+        return self._fill(DREAMBENCH_PROMPTS)
+
+    def _fill(self, prompts: dict[str, list[str]]) -> list[str]:
+        return [prompt.format(V=self.token, noun=self.noun) for prompt in prompts["live" if self.live else "thing"]]
+
+
+def load_subject(folder: Path | str, noun: str | None = None, live: bool | None = None, token="[V]") -> Subject:
+    """The subject whose photos lie in `folder`. Each photo is decoded once here: a bad one is known at the start.
+
+    noun: by default DreamBench's for its folder names, else the folder's name ("my_dog2" is a "my dog").
+    live: by default whether the noun is an animal or a person. Files with other endings, hidden files and folders are
+    passed over. Raises SubjectError for a folder, photo, noun or token that cannot be used.
+    """
+    photos = _find_photos(Path(folder))
+    for photo in photos:
+        open_photo(photo, size=1)
+    name = Path(os.path.abspath(folder)).name.lower()  # abspath, so that "." has a name
+    if noun is None:
+        noun = DREAMBENCH_NOUNS.get(name, re.sub(r"[\d_-]+", " ", name))
+    noun, token = " ".join(noun.split()), token.strip()
+    if not noun:
+        raise SubjectError(f"no noun for {folder}: say what the photos show, for example --noun dog")
+    if not token:
+        raise SubjectError("the unique token is empty: give one that means nothing yet, for example [V]")
+    if token in noun.split():
+        raise SubjectError(f"the noun {noun!r} contains the token {token}: give the noun alone, prompts add the token")
+    words = noun.lower().split()
+    if live is None:
+        live = words[-1] in LIVE_NOUNS and _LIFELESS.isdisjoint(words)
+    return Subject(Path(folder), noun, live, token, photos)
+
+
+def load_photos(subject: Subject, size: int) -> list[Image.Image]:
+    """The subject's photos, in order, as `open_photo` gives them."""
+    return [open_photo(photo, size) for photo in subject.photos]
+
+
+def open_photo(path: Path | str, size: int) -> Image.Image:
+    """A photo as an 8-bit RGB PIL image of size x size.
+
+    The rule: turn it upright by its EXIF orientation; cut the largest centred square; composite transparency on white;
+    resize with Lanczos. A JPEG of over four times the size is decoded at a fraction of its scale, which is faster and
+    looks the same. Raises SubjectError if the file is not a whole image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            image.draft(None, (2 * size, 2 * size))  # JPEG only: the short edge stays at least this long
+            upright = ImageOps.exif_transpose(image)
+        side = min(upright.size)
+        left, top = (upright.width - side) // 2, (upright.height - side) // 2
+        square = _to_rgb(upright.crop((left, top, left + side, top + side)))
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error and others for bad data
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise SubjectError(f"{path} is not a usable image ({reason}): replace it, shrink it or take it out") from None
+    return square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _find_photos(folder: Path) -> list[Path]:
+    """The image files of a folder, by their endings, in order of their names."""
+    try:
+        if not folder.exists():
+            raise SubjectError(f"{folder} does not exist: give the folder that holds the subject's photos")
+        if not folder.is_dir():
+            raise SubjectError(f"{folder} is not a folder: give the folder that holds the subject's photos")
+        found = [path for path in folder.iterdir() if path.suffix.lower() in PHOTO_ENDINGS]
+        photos = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
+    except OSError as error:
+        raise SubjectError(f"{folder} cannot be read ({error.strerror}): check its permissions") from None
+    if not photos:
+        endings = " ".join(sorted(PHOTO_ENDINGS))
+        raise SubjectError(f"{folder} holds no photos ({endings}): put 4 to 6 there, converting others such as .heic")
+    return sorted(photos, key=lambda path: path.name)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to 8-bit RGB: deep greys are scaled (Pillow would clip them), transparency becomes white."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 of which files fill 16
+        return image.convert("I").point(lambda grey: grey * (1 / 257) + 0.5).convert("L").convert("RGB")
+    if image.mode == "F":
+        white = 1 if image.getextrema()[1] <= 1 else 255
+        return image.point(lambda grey: grey * (255 / white) + 0.5).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
