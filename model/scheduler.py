@@ -1,0 +1,240 @@
+"""The noise schedule of Stable Diffusion: β, q(x_t|x_0), ε and v, and three samplers that walk back from noise to x_0.
+
+Owns everything that knows ᾱ_t, and no network: a sampler is given `denoise(x_t, t) -> prediction`. One noise level is a
+number ᾱ in (0, 1]; x = √ᾱ x_0 + √(1-ᾱ) ε. Reads the public scheduler/scheduler_config.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.weights import CheckpointError, config_from, read_json
+
+SAMPLERS = ("ddpm", "ddim", "dpm++")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The fields of scheduler_config.json that change a number; the defaults are Stable Diffusion 1.x's.
+
+    `clip_sample` is not among them, on purpose: it clips x_0 to [-1, 1], which suits pixels but not latents, which
+    reach ±4. Early 1.x files lack the key, and its usual default is true. Here it is always off.
+    `timestep_spacing` None means the sampler's own habit: "linspace" for dpm++, "leading" for ddpm and ddim.
+    Raises CheckpointError for a value that is not supported.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    num_train_timesteps: int = 1000
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+    prediction_type: str = "epsilon"
+    timestep_spacing: str | None = None
+    # Known only to be refused: each would change the pictures without a word.
+    trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False
+    thresholding: bool = False
+
+    def __post_init__(self):
+        allowed = {
+            "beta_schedule": ("scaled_linear", "linear"),
+            "prediction_type": ("epsilon", "v_prediction"),
+            "timestep_spacing": (None, "leading", "trailing", "linspace"),
+            "trained_betas": (None,),
+            "rescale_betas_zero_snr": (False,),
+            "thresholding": (False,),
+        }
+        for name, values in allowed.items():
+            if (value := getattr(self, name)) not in values:
+                expected = " or ".join(repr(value) for value in values)
+                raise CheckpointError(f"scheduler config: {name} is {value!r}, supported: {expected}")
+
+
+class Scheduler:
+    """ᾱ_t for t = 0 .. num_train_timesteps - 1, and what follows from it.
+
+    Wherever a method takes `t` it is an int, a 0-d tensor or a (B,) int64 tensor, one for each sample. The coefficients
+    are fp32 whatever the samples are. `alphas_cumprod` (T,) stays on the CPU and is moved when used.
+    """
+
+    def __init__(self, config: SchedulerConfig = SchedulerConfig()):
+        self.config = config
+        start, end, count = config.beta_start, config.beta_end, config.num_train_timesteps
+        if config.beta_schedule == "linear":  # DDPM's own
+            betas = torch.linspace(start, end, count, dtype=torch.float32, device="cpu")
+        else:  # latent diffusion's: √β is linear
+            betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32, device="cpu") ** 2
+        self.alphas_cumprod = (1 - betas).cumprod(0)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> Scheduler:
+        """Read folder/scheduler_config.json. Raises CheckpointError if it is missing or asks for what we lack."""
+        return cls(config_from(SchedulerConfig, read_json(Path(folder) / "scheduler_config.json")))
+
+    def _signal_and_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1-ᾱ_t) on `like`'s device, shaped (B or 1, 1, ...) to multiply it."""
+        a = self.alphas_cumprod.to(like.device)[torch.as_tensor(t, device=like.device)]
+        a = a.reshape(-1, *[1] * (like.ndim - 1))
+        return a.sqrt(), (1 - a).sqrt()
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """x_t ~ q(x_t|x_0) = √ᾱ_t x_0 + √(1-ᾱ_t) ε (DDPM, arXiv 2006.11239, eq. 4), in x_0's shape and dtype."""
+        signal, noise = self._signal_and_noise(t, x_0)
+        return (signal * x_0 + noise * eps).to(x_0.dtype)
+
+    def velocity(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans and Ho, arXiv 2202.00512, section 4), in x_0's shape and dtype."""
+        signal, noise = self._signal_and_noise(t, x_0)
+        return (signal * eps - noise * x_0).to(x_0.dtype)
+
+    def target(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """What the network is trained to predict from x_t: ε, or v for a v-prediction base."""
+        return eps if self.config.prediction_type == "epsilon" else self.velocity(x_0, eps, t)
+
+    def to_x0_eps(self, prediction: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Undo `add_noise` given the network's prediction: (x_0, ε), both shaped as x_t, at least fp32.
+
+        ε:  x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t.
+        v:  x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v  and  ε = √ᾱ_t v + √(1-ᾱ_t) x_t  (arXiv 2202.00512, appendix D).
+        """
+        signal, noise = self._signal_and_noise(t, x_t)
+        if self.config.prediction_type == "epsilon":
+            return (x_t - noise * prediction) / signal, prediction.to(signal.dtype)
+        return signal * x_t - noise * prediction, signal * prediction + noise * x_t
+
+    def timesteps(self, steps: int, sampler: str = "dpm++") -> list[int]:
+        """The t at which the network is asked, from noisy to clean, strictly falling.
+
+        leading    multiples of T // steps, plus `steps_offset`: what DDPM and DDIM use in the SD releases.
+        trailing   T, T - T/steps, ..., minus 1: starts at the noisiest t.
+        linspace   evenly from T-1 down to 0.
+        dpm++ lays its grid with one point more and drops the cleanest, from which its last step goes to x_0 itself.
+        (Spacings as named in table 2 of arXiv 2305.08891.) Raises ValueError unless 1 <= steps <= T.
+        """
+        count = self.config.num_train_timesteps
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+        if not 1 <= steps <= count:
+            raise ValueError(f"steps must be between 1 and {count}, not {steps}")
+        spacing = self.config.timestep_spacing or ("linspace" if sampler == "dpm++" else "leading")
+        if spacing == "trailing":
+            return [round((steps - i) * count / steps) - 1 for i in range(steps)]
+        # There is no 1001st timestep: with 1,000 steps dpm++ takes 999, where a doubled t would divide by zero.
+        points = min(steps + 1, count) if sampler == "dpm++" else steps
+        if spacing == "leading":
+            stride = count // points
+            # With 1,000 steps the list is 999 .. 0 already: an offset would ask for t = 1000, which does not exist.
+            offset = min(self.config.steps_offset, count - 1 - (points - 1) * stride)
+            times = [i * stride + offset for i in range(points)]
+        else:
+            gap = (count - 1) / max(points - 1, 1)
+            times = [round(i * gap) for i in range(points)]
+        return times[::-1][:-1] if sampler == "dpm++" else times[::-1]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoise: Callable[[Tensor, Tensor], Tensor],
+        latents: Tensor,
+        steps: int,
+        sampler: str = "dpm++",
+        generators: Sequence[torch.Generator] | None = None,
+        eta: float = 0.0,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Walk from noise to data: `latents` (B, ...) ~ N(0, I) become x_0, in the same shape, dtype and device.
+
+        denoise      (x_t, t) -> prediction; x_t in the latents' dtype, t a 0-d int64 tensor on their device. Guidance,
+                     if any, is denoise's business.
+        sampler      "ddpm" (`ddpm_step`), "ddim" (`ddim_step`, with `eta`) or "dpm++" (`dpm_step`).
+        generators   one for each image; needed by ddpm, and by ddim with eta > 0. Each image's noise comes from its own
+                     generator, so a picture does not depend on the batch it was drawn in.
+        on_step      called with (steps done, x_t in fp32) after every step.
+
+        Raises ValueError for an unknown sampler, for steps out of range and for missing generators.
+        """
+        times = self.timesteps(steps, sampler)
+        if (sampler == "ddpm" or (sampler == "ddim" and eta > 0)) and len(generators or ()) != len(latents):
+            raise ValueError(f"{sampler} draws noise: give one generator for each of the {len(latents)} images")
+        # The level after the last step is clean. DDIM in the SD releases stops at ᾱ_0 instead (set_alpha_to_one false).
+        stop_short = sampler == "ddim" and not self.config.set_alpha_to_one
+        levels = [*self.alphas_cumprod[times].tolist(), self.alphas_cumprod[0].item() if stop_short else 1.0]
+
+        def draw() -> Tensor:
+            return randn(latents.shape[1:], generators, latents.device)
+
+        x = latents.to(torch.promote_types(latents.dtype, torch.float32))  # half precision would lose the small steps
+        before = None  # x_0 and ᾱ of the step before, for dpm++
+        for i, t in enumerate(times):
+            prediction = denoise(x.to(latents.dtype), torch.tensor(t, device=latents.device))
+            x_0, eps = self.to_x0_eps(prediction, x, t)
+            if sampler == "ddpm":
+                x = ddpm_step(x, x_0, levels[i], levels[i + 1], draw)
+            elif sampler == "ddim":
+                x = ddim_step(x_0, eps, levels[i], levels[i + 1], eta, draw)
+            else:
+                x = dpm_step(x, x_0, levels[i], levels[i + 1], before)
+                before = x_0, levels[i]
+            if on_step is not None:
+                on_step(i + 1, x)
+        return x.to(latents.dtype)
+
+
+def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device, dtype=torch.float32) -> Tensor:
+    """Standard normal noise (B, *shape) on `device`: row i from generators[i], drawn where that generator lives.
+
+    With CPU generators a seed gives the same noise, hence the same picture, on every machine.
+    """
+    rows = [torch.randn(*shape, generator=generator, device=generator.device) for generator in generators]
+    return torch.stack(rows).to(device=device, dtype=dtype)
+
+
+def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_s: float, draw: Callable[[], Tensor]) -> Tensor:
+    """One ancestral step from ᾱ_t to the cleaner ᾱ_s: a draw from q(x_s|x_t, x_0) (DDPM, arXiv 2006.11239, eq. 6-7).
+
+    With α = ᾱ_t/ᾱ_s and β = 1-α (a step may leap over many t):
+    x_s = √ᾱ_s β/(1-ᾱ_t) x_0 + √α (1-ᾱ_s)/(1-ᾱ_t) x_t + σ z,   σ² = β (1-ᾱ_s)/(1-ᾱ_t)   ("fixed small" variance).
+    """
+    alpha = a_t / a_s
+    beta = 1 - alpha
+    mean = math.sqrt(a_s) * beta / (1 - a_t) * x_0 + math.sqrt(alpha) * (1 - a_s) / (1 - a_t) * x_t
+    sigma = math.sqrt(beta * (1 - a_s) / (1 - a_t))
+    return mean + sigma * draw() if sigma > 0 else mean  # the last step, to ᾱ_s = 1, has none
+
+
+def ddim_step(x_0: Tensor, eps: Tensor, a_t: float, a_s: float, eta: float, draw: Callable[[], Tensor]) -> Tensor:
+    """One step from ᾱ_t to ᾱ_s along the same ε (DDIM, arXiv 2010.02502, eq. 12 and 16). η = 0 draws no noise.
+
+    x_s = √ᾱ_s x_0 + √(1-ᾱ_s-σ²) ε + σ z,   σ = η √((1-ᾱ_s)/(1-ᾱ_t)) √(1-ᾱ_t/ᾱ_s).
+    """
+    sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
+    mean = math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s - sigma**2) * eps
+    return mean + sigma * draw() if sigma > 0 else mean
+
+
+def dpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_s: float, before: tuple[Tensor, float] | None) -> Tensor:
+    """One step of DPM-Solver++(2M) from ᾱ_t to ᾱ_s (arXiv 2211.01095, algorithm 2); `before`: (x_0, ᾱ) a step ago.
+
+    With λ = log √(ᾱ/(1-ᾱ)), h = λ_s - λ_t and r = (λ_t - λ_before) / h:
+    D = x_0 + (x_0 - x_0,before) / 2r,   x_s = √((1-ᾱ_s)/(1-ᾱ_t)) x_t - √ᾱ_s (e^-h - 1) D.
+    The first step has no past, and the last ends at λ = ∞, where x_s = D: both are of first order, D = x_0.
+    """
+    h = _log_snr(a_s) - _log_snr(a_t)
+    d = x_0
+    if before is not None and h < math.inf:
+        x_0_before, a_before = before
+        r = (_log_snr(a_t) - _log_snr(a_before)) / h
+        d = x_0 + (x_0 - x_0_before) / (2 * r)
+    return math.sqrt((1 - a_s) / (1 - a_t)) * x_t - math.sqrt(a_s) * math.expm1(-h) * d
+
+
+def _log_snr(a: float) -> float:
+    """λ, half the log of the signal-to-noise ratio; infinite for clean data."""
+    return 0.5 * math.log(a / (1 - a)) if a < 1 else math.inf

@@ -1,0 +1,265 @@
+"""The schedule and the samplers against diffusers', step by step, and the properties that no reference shows."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from model.scheduler import SAMPLERS, Scheduler, SchedulerConfig, randn
+from model.weights import CheckpointError
+
+# The public scheduler_config.json of Stable Diffusion 1.5. `clip_sample` false is what our class assumes anyway.
+SD = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+REFERENCES = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def scheduler(**overrides):
+    return Scheduler(SchedulerConfig(**overrides))
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def denoise(x, t):
+    """Something smooth in x that mixes positions and changes with t, in place of a network."""
+    return 0.8 * torch.tanh(x + 0.3 * x.roll(1, -1)) + 0.1 * math.cos(int(t) / 100) * x.roll(1, -2)
+
+
+def their_states(sampler, config, steps, latents, generators):
+    """The timesteps and every x_t after them, as diffusers' scheduler gives them."""
+    reference = REFERENCES[sampler].from_config(config)
+    reference.set_timesteps(steps)
+    x, states = latents, []
+    for t in reference.timesteps:
+        drawn = {} if sampler == "dpm++" else {"generator": generators}
+        x = reference.step(denoise(x, t), t, x, **drawn).prev_sample
+        states.append(x)
+    return reference.timesteps.tolist(), states
+
+
+# Both sides do the same sums; ours take their coefficients in double precision, so they part by float32 rounding
+# (1e-6 measured after 50 steps). A wrong end level, order or variance, each tried, was off by 1e-2 and more.
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("steps", [1, 2, 20, 25, 50])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_step_is_diffusers(tmp_path, sampler, steps, prediction_type):
+    config = SD | {"prediction_type": prediction_type}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    ours = Scheduler.from_pretrained(tmp_path)
+    latents = normal(3, 4, 8, 8)
+    times, expected = their_states(sampler, config, steps, latents, seeds(1, 2, 3))
+    asked, states, counted = [], [], []
+
+    def ask(x, t):
+        asked.append(int(t))
+        return denoise(x, t)
+
+    def on_step(done, x):
+        counted.append(done)
+        states.append(x)
+
+    last = ours.sample(ask, latents, steps, sampler, generators=seeds(1, 2, 3), on_step=on_step)
+    assert asked == times == ours.timesteps(steps, sampler)
+    assert counted == list(range(1, steps + 1))
+    assert torch.equal(last, states[-1])
+    for ours_t, theirs_t in zip(states, expected, strict=True):
+        scale = theirs_t.abs().max()
+        assert 0.1 < scale < 100
+        assert (ours_t - theirs_t).abs().max() / scale <= 1e-5
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+def test_ddim_with_noise_is_diffusers(set_alpha_to_one):
+    reference = DDIMScheduler.from_config(SD | {"set_alpha_to_one": set_alpha_to_one})
+    reference.set_timesteps(20)
+    latents, theirs, ours = normal(2, 4, 8, 8), seeds(1, 2), seeds(1, 2)
+    x = latents
+    for t in reference.timesteps:
+        x = reference.step(denoise(x, t), t, x, eta=0.7, generator=theirs).prev_sample
+    got = scheduler(set_alpha_to_one=set_alpha_to_one).sample(denoise, latents, 20, "ddim", ours, eta=0.7)
+    assert (got - x).abs().max() / x.abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [7, 20, 25, 30, 50, 333])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_timesteps_are_diffusers_for_every_spacing(sampler, steps, spacing):
+    reference = REFERENCES[sampler].from_config(SD | {"timestep_spacing": spacing})
+    reference.set_timesteps(steps)
+    assert scheduler(timestep_spacing=spacing).timesteps(steps, sampler) == reference.timesteps.tolist()
+
+
+@pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_timesteps_fall_and_exist_for_every_count(sampler, spacing):
+    ours = scheduler(timestep_spacing=spacing)
+    for steps in range(1, 1001):
+        times = ours.timesteps(steps, sampler)
+        assert all(0 <= t <= 999 for t in times)
+        assert all(early > late for early, late in itertools.pairwise(times))
+        short = steps == 1000 and sampler == "dpm++" and spacing != "trailing"
+        assert len(times) == steps - short
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_thousand_steps(sampler):
+    """diffusers stops with an IndexError for ddpm here, and gives nan for dpm++."""
+    got = scheduler().sample(denoise, normal(1, 4, 4, 4), 1000, sampler, seeds(1))
+    assert got.isfinite().all()
+    assert 0.1 < got.abs().max() < 100
+
+
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear"])
+def test_noise_and_velocity_are_diffusers_exactly(schedule):
+    reference = DDPMScheduler.from_config(SD | {"beta_schedule": schedule})
+    ours = scheduler(beta_schedule=schedule)
+    assert ours.alphas_cumprod.dtype == torch.float32
+    assert torch.equal(ours.alphas_cumprod, reference.alphas_cumprod)
+    t = torch.tensor([0, 1, 500, 998, 999])
+    x_0, eps = normal(5, 4, 8, 8), normal(5, 4, 8, 8, seed=1)
+    assert torch.equal(ours.add_noise(x_0, eps, t), reference.add_noise(x_0, eps, t))
+    assert torch.equal(ours.velocity(x_0, eps, t), reference.get_velocity(x_0, eps, t))
+    one = ours.add_noise(x_0, eps, 500)
+    assert torch.equal(one, ours.add_noise(x_0, eps, torch.full((5,), 500)))
+    assert torch.equal(one, ours.add_noise(x_0, eps, torch.tensor(500)))
+
+
+def test_published_values():
+    a = Scheduler().alphas_cumprod.double()
+    expected = torch.tensor([0.9991499782, 0.9982960224, 0.2763324678, 0.0046600951], dtype=torch.double)
+    assert torch.allclose(a[[0, 1, 500, 999]], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_a_perfect_prediction_gives_back_x0_and_eps(prediction_type):
+    ours = scheduler(prediction_type=prediction_type)
+    t = torch.arange(0, 1000, 37)
+    x_0, eps = normal(len(t), 4, 4, 4), normal(len(t), 4, 4, 4, seed=1)
+    x_t, target = ours.add_noise(x_0, eps, t), ours.target(x_0, eps, t)
+    assert torch.equal(target, eps) == (prediction_type == "epsilon")
+    got_x_0, got_eps = ours.to_x0_eps(target, x_t, t)
+    # ε-prediction divides by √ᾱ_999 = 0.068, which makes rounding fifteen times larger.
+    assert (got_x_0 - x_0).abs().max() <= 2e-5
+    assert (got_eps - eps).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_oracle_leads_every_sampler_to_its_picture(sampler, prediction_type):
+    """A denoiser that knows x_0 gets it back. DDIM stops at ᾱ_0 with √(1-ᾱ_0) = 0.03 of noise left."""
+    ours = scheduler(prediction_type=prediction_type)
+    x_0 = normal(2, 4, 8, 8, seed=5)
+
+    def oracle(x_t, t):
+        a = ours.alphas_cumprod[t]
+        eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+        return ours.target(x_0, eps, t)
+
+    got = ours.sample(oracle, normal(2, 4, 8, 8), 20, sampler, seeds(1, 2))
+    assert (got - x_0).abs().max() <= (0.15 if sampler == "ddim" else 1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_picture_does_not_depend_on_its_batch(sampler):
+    ours = scheduler()
+    latents = randn((4, 8, 8), seeds(1, 2, 3), "cpu")
+    together = ours.sample(denoise, latents, 20, sampler, seeds(11, 12, 13), eta=1.0)
+    alone = ours.sample(denoise, latents[1:2], 20, sampler, seeds(12), eta=1.0)
+    assert (together[1:2] - alone).abs().max() <= 1e-5
+    assert torch.equal(latents[1], randn((4, 8, 8), seeds(2), "cpu")[0])
+    other = ours.sample(denoise, latents[1:2], 20, sampler, seeds(99), eta=1.0)
+    assert torch.equal(alone, other) == (sampler == "dpm++")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_any_dtype_comes_back_and_nothing_is_changed(sampler, dtype):
+    ours = scheduler(prediction_type="v_prediction")
+    latents = normal(2, 4, 8, 8).to(dtype)
+    kept = latents.clone()
+    dtypes = set()
+
+    def ask(x, t):
+        dtypes.add((x.dtype, t.dtype, t.ndim))
+        return denoise(x, t)
+
+    got = ours.sample(ask, latents, 10, sampler, seeds(1, 2))
+    assert got.dtype == dtype
+    assert dtypes == {(dtype, torch.int64, 0)}
+    assert torch.equal(latents, kept)
+    expected = ours.sample(denoise, latents.float(), 10, sampler, seeds(1, 2))
+    # bfloat16 has 8 bits, in the model's input and output of each of 10 steps: 6e-3 measured.
+    assert (got.float() - expected).abs().max() <= 0.03
+    x_t = ours.add_noise(latents, latents, 500)
+    assert x_t.dtype == ours.velocity(latents, latents, 500).dtype == dtype
+    assert ours.to_x0_eps(latents, x_t, 500)[0].dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_gradients_flow_through_the_conversions():
+    ours = scheduler()
+    prediction = normal(1, 4, 4, 4).requires_grad_()
+    ours.to_x0_eps(prediction, normal(1, 4, 4, 4), 500)[0].sum().backward()
+    assert prediction.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1001])
+def test_steps_out_of_range(steps):
+    with pytest.raises(ValueError, match=rf"^steps must be between 1 and 1000, not {steps}$"):
+        scheduler().sample(denoise, normal(1, 4, 4, 4), steps)
+
+
+def test_unknown_sampler_and_missing_generators():
+    with pytest.raises(ValueError, match=r"^sampler 'euler' is unknown; choose one of ddpm, ddim, dpm\+\+$"):
+        scheduler().sample(denoise, normal(1, 4, 4, 4), 10, "euler")
+    for given in (None, seeds(1)):
+        with pytest.raises(ValueError, match="one generator for each of the 2 images"):
+            scheduler().sample(denoise, normal(2, 4, 4, 4), 10, "ddpm", given)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prediction_type": "sample"},
+        {"prediction_type": "velocity"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"timestep_spacing": "karras"},
+        {"trained_betas": [0.1, 0.2]},
+        {"rescale_betas_zero_snr": True},
+        {"thresholding": True},
+    ],
+    ids=str,
+)
+def test_unsupported_config_is_refused(tmp_path, wrong):
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(SD | wrong))
+    with pytest.raises(CheckpointError, match=next(iter(wrong))):
+        Scheduler.from_pretrained(tmp_path)
+
+
+def test_clip_sample_is_never_read(tmp_path):
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(SD | {"clip_sample": True}))
+    ours = Scheduler.from_pretrained(tmp_path)
+    latents = 10 * normal(1, 4, 4, 4)
+    got = ours.sample(lambda x, t: torch.zeros_like(x), latents, 20, "ddim")
+    assert got.abs().max() > 5
+    with pytest.raises(CheckpointError, match="missing"):
+        Scheduler.from_pretrained(tmp_path / "nowhere")

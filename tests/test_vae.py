@@ -1,0 +1,162 @@
+"""The VAE against diffusers' AutoencoderKL: same files, same numbers."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from model.vae import VAE, VAEConfig, rename_old_attention
+from model.weights import CheckpointError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def reference(folder, scale=1.0, **overrides):
+    """A small random AutoencoderKL, saved in `folder`: norms off their defaults, other weights times `scale`."""
+    torch.manual_seed(0)
+    config = {
+        "block_out_channels": (16, 32, 32, 48),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "latent_channels": 4,
+    } | overrides
+    network = AutoencoderKL(**config).eval().requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1:
+            parameter += 0.3 * torch.randn_like(parameter)
+        if name.endswith(("to_q.weight", "to_k.weight")):
+            parameter *= 4  # else attention is nearly uniform, and its scale hardly shows
+        elif "norm" not in name:
+            parameter *= scale
+    network.save_pretrained(folder)
+    return network
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+# Both sides compute the same float32 sums in another order: 3e-6 apart, and 2e-5 on the quiet set, where every norm
+# sees a tiny variance and magnifies rounding. A wrong eps, the mildest mistake, shows there at 1e-3 and more.
+@pytest.mark.parametrize("scale", [1.0, 0.04], ids=["ordinary", "quiet"])
+@pytest.mark.parametrize("size", [(32, 32), (40, 24), (39, 28)], ids=str)
+def test_parity(tmp_path, size, scale):
+    theirs = reference(tmp_path, scale)
+    ours = VAE.from_pretrained(tmp_path)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        mean, logvar = ours.encode(images)
+        posterior = theirs.encode(images).latent_dist
+        latents = torch.randn(2, 4, *mean.shape[2:], generator=torch.Generator().manual_seed(2))
+        decoded, expected = ours.decode(latents), theirs.decode(latents).sample
+    for a, b in ((mean, posterior.mean), (logvar, posterior.logvar), (decoded, expected)):
+        assert a.shape == b.shape
+        assert relative(a, b) <= 1e-4
+        if scale == 1.0:
+            assert 0.1 < b.abs().max() < 30
+            assert (a - b).abs().max() <= 1e-4
+    assert decoded.shape[2:] == tuple(ours.downscale * n for n in latents.shape[2:])
+
+
+def test_old_attention_names_load_as_the_present_ones(tmp_path):
+    theirs = reference(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    old = {}
+    for name, tensor in tensors.items():
+        if ".attentions." in name:
+            for present, before in OLD_NAMES.items():
+                name = name.replace(f".{present}.", f".{before}.")
+            tensor = tensor[:, :, None, None].contiguous() if tensor.ndim == 2 and "decoder" in name else tensor
+        old[name] = tensor
+    assert len(old.keys() - tensors.keys()) == 16
+    save_file(old, tmp_path / WEIGHTS)
+    ours = VAE.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.state_dict().items())
+    assert rename_old_attention(tensors).keys() == tensors.keys()
+
+
+def test_logvar_is_clamped(tmp_path):
+    reference(tmp_path)
+    ours = VAE.from_pretrained(tmp_path)
+    ours.quant_conv.bias[4:] = torch.tensor([1e3, -1e3, 0, 0])
+    _, logvar = ours.encode(torch.zeros(1, 3, 16, 16))
+    assert logvar[:, 0].max() == 20 and logvar[:, 1].min() == -30
+
+
+PUBLIC = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+
+
+def test_public_size():
+    with torch.device("meta"):
+        ours, theirs = VAE(VAEConfig()), AutoencoderKL(**PUBLIC)
+    assert sum(p.numel() for p in ours.parameters()) == 83_653_863
+    assert len(ours.state_dict()) == 248
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    eps = {n: m.eps for n, m in theirs.named_modules() if isinstance(m, torch.nn.GroupNorm)}
+    assert {n: m.eps for n, m in ours.named_modules() if isinstance(m, torch.nn.GroupNorm)} == eps
+    assert ours.downscale == 8 and ours.config.scaling_factor == 0.18215
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_trains(autocast):
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4))
+    vae = vae.to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
+    before = images.clone()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mean, logvar = vae.encode(images)
+        out = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean))
+    (out.float() ** 2).mean().backward()
+    dead = [n for n, p in vae.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    assert not dead
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "misshapen"])
+def test_a_key_that_does_not_fit_is_named(tmp_path, damage):
+    reference(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    key = "decoder.up_blocks.0.resnets.1.conv1.weight"
+    if damage == "missing":
+        del tensors[key]
+    elif damage == "extra":
+        key = "decoder.up_blocks.0.resnets.9.conv1.weight"
+        tensors[key] = torch.zeros(1)
+    else:
+        tensors[key] = tensors[key][:-1].contiguous()
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=key) as error:
+        VAE.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("use_quant_conv", False),
+        ("use_post_quant_conv", False),
+        ("shift_factor", 0.1),
+        ("act_fn", "gelu"),
+        ("mid_block_add_attention", False),
+        ("down_block_types", ["AttnDownEncoderBlock2D"] * 4),
+        ("up_block_types", ["AttnUpDecoderBlock2D"] * 4),
+    ],
+)
+def test_another_kind_of_vae_is_refused(tmp_path, field, value):
+    reference(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=field) as error:
+        VAE.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
