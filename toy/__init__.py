@@ -1,0 +1,1 @@
+"""How weights/toy was made: a cartoon world drawn with Pillow, and the training of every network on it."""

@@ -1,0 +1,294 @@
+"""The toy world: 128 x 128 cartoons of subjects in scenes, with captions in DreamBench's own words.
+
+A `Subject` is one point of a continuous family, a `Picture` is what is drawn of it, and `draw(subject, picture, rng)`
+draws it. Training subjects come from `training_subject(index)`; `reserved_subject(kind, index)` never takes part in any
+training: its seeds are others, and training skips every subject that shares its colours, collar and marking.
+
+    python -m toy.world sheet.png      # look at it
+"""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import random
+import sys
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from toy.animals import ANIMALS, OUTFITS, draw_animal
+from toy.draw import CANVAS, MARKINGS, Color, Pen, Subject, shade
+from toy.scenes import PLAIN, SCENES, starry_night, van_gogh
+from toy.things import THINGS
+
+SIZE = 128
+VAN_GOGH = "in Vincent Van Gogh rendition"
+# What DreamBench (25 + 25) and the paper's training prompts (8 + 8) ask of living subjects and of things.
+SHARED_SCENES = list(SCENES)[:10]
+LIVE_SCENES = [
+    *SHARED_SCENES,
+    "with a China Great Wall in the background",
+    "is swimming in a pool",
+    "on a subway platform",
+    "with the Statue of Liberty in the background",
+    "on the Moon",
+]
+THING_SCENES = [scene for scene in SCENES if scene != "is swimming in a pool"]
+LOOKS = ("red", "purple", "green", "shiny", "wet", "cube shaped")
+COLORS: dict[str, Color] = {
+    "brown": (142, 90, 50),
+    "black": (58, 55, 60),
+    "white": (238, 234, 228),
+    "grey": (150, 150, 158),
+    "orange": (230, 140, 56),
+    "golden": (230, 198, 116),
+    "red": (212, 44, 44),
+    "blue": (48, 104, 214),
+    "green": (52, 160, 76),
+    "yellow": (248, 208, 54),
+    "pink": (238, 130, 176),
+    "purple": (126, 62, 180),
+    "teal": (40, 172, 178),
+}
+COATS = ("brown", "black", "white", "grey", "orange", "golden")
+PAINTS = ("red", "blue", "green", "yellow", "pink", "purple", "teal", "orange", "white", "black", "grey", "brown")
+COLLARS = ("red", "blue", "green", "yellow", "pink", "purple", "teal", "orange")
+# Words without a meaning here: a base model has always met such words and has learned to draw the noun all the same.
+NONCE_WORDS = ("[V]", "[V]", "[V]", "sks", "zwx", "ohwx", "qkv", "xjy")
+KINDS = (*ANIMALS, *THINGS)
+RESERVED_PER_KIND = 4
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn of a subject; None means nothing special. The values are the captions' own phrases."""
+
+    scene: str | None = None
+    outfit: str | None = None
+    look: str | None = None
+    van_gogh: bool = False
+
+
+@dataclass(frozen=True)
+class Named:
+    """A subject and the names of its colours, which captions use."""
+
+    subject: Subject
+    main: str
+    second: str
+    accent: str
+
+    @property
+    def signature(self) -> tuple[str, ...]:
+        return (self.subject.kind, self.main, self.second, self.accent, self.subject.marking)
+
+
+def is_live(kind: str) -> bool:
+    return kind in ANIMALS
+
+
+def jitter(color: Color, rng: random.Random) -> Color:
+    """A neighbour of a colour: hue, saturation and value move a little."""
+    h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in color))
+    h = (h + rng.uniform(-0.018, 0.018)) % 1
+    s = min(1.0, max(0.0, s * rng.uniform(0.85, 1.15)))
+    v = min(1.0, max(0.0, v * rng.uniform(0.88, 1.08)))
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(h, s, v))
+
+
+def random_subject(kind: str, rng: random.Random) -> Named:
+    """One individual of a kind."""
+    palette = COATS if is_live(kind) else PAINTS
+    main, second = rng.sample(palette, 2)
+    accent = rng.choice([c for c in COLLARS if c not in (main, second)])
+    subject = Subject(
+        kind,
+        *(jitter(COLORS[name], rng) for name in (main, second, accent)),
+        marking=rng.choice(MARKINGS),
+        width=rng.random(),
+        height=rng.random(),
+        detail=rng.random(),
+        detail2=rng.random(),
+        variant=rng.randrange(3),
+    )
+    return Named(subject, main, second, accent)
+
+
+def reserved_subject(kind: str, index: int) -> Named:
+    """An individual that no training ever sees; index in 0..RESERVED_PER_KIND-1."""
+    return random_subject(kind, random.Random(f"reserved {kind} {index}"))
+
+
+_RESERVED = None
+
+
+def reserved_signatures() -> frozenset:
+    global _RESERVED  # computed at the first call: no work at import
+    if _RESERVED is None:
+        _RESERVED = frozenset(reserved_subject(k, i).signature for k in KINDS for i in range(RESERVED_PER_KIND))
+    return _RESERVED
+
+
+def training_subject(index: int) -> Named:
+    """The index-th individual of the endless training stream: half of them alive, most often a dog."""
+    rng = random.Random(f"training {index}")
+    while True:
+        kind = rng.choices(ANIMALS, weights=(4, 3, 2, 2))[0] if rng.random() < 0.5 else rng.choice(list(THINGS))
+        named = random_subject(kind, rng)
+        if named.signature not in reserved_signatures():
+            return named
+
+
+def random_picture(kind: str, rng: random.Random) -> Picture:
+    """What to draw of a subject: every phrase of the benchmark, alone or combined."""
+    live = is_live(kind)
+    scene = rng.choice(LIVE_SCENES if live else THING_SCENES)
+    outfit, look = rng.choice(list(OUTFITS)) if live else None, rng.choice(LOOKS)
+    roll = rng.random()
+    if roll < 0.10:
+        return Picture()
+    if roll < 0.14:
+        return Picture(van_gogh=True)
+    if roll < (0.26 if live else 0.34):
+        return Picture(look=look, scene=scene if rng.random() < 0.3 else None)
+    if live and roll < 0.58:
+        return Picture(outfit=outfit, scene=scene if rng.random() < 0.45 else None)
+    return Picture(scene=scene)
+
+
+def caption(named: Named, picture: Picture, rng: random.Random) -> str:
+    """The picture in DreamBench's words, half of the time with what tells this subject from others."""
+    subject, words = named.subject, ["a"]
+    detailed = rng.random() < 0.5
+    if picture.look:
+        words.append(picture.look)
+    if rng.random() < 0.15:
+        words.append(rng.choice(NONCE_WORDS))
+    if detailed and picture.look not in ("red", "purple", "green"):
+        words.append(named.main)
+    words.append(subject.kind)
+    if detailed:
+        marking = {
+            "plain": "",
+            "patch": f"a {named.second} patch",
+            "spots": f"{named.second} spots",
+            "stripes": f"{named.second} stripes",
+            "split": f"a {named.second} half",
+        }[subject.marking]
+        trim = f"a {named.accent} {'collar' if is_live(subject.kind) else 'trim'}"
+        if picture.look in ("red", "purple", "green"):
+            marking = ""
+        words.append(f"with {marking} and {trim}" if marking else f"with {trim}")
+    words += [phrase for phrase in (picture.outfit, picture.scene) if phrase]
+    if picture.van_gogh:
+        words.append(VAN_GOGH)
+    text = " ".join(words)
+    plain = len(words) <= 4 and not (picture.outfit or picture.scene or picture.van_gogh)
+    return f"a photo of {text}" if (plain and rng.random() < 0.5) or rng.random() < 0.05 else text
+
+
+def draw(named: Named, picture: Picture, rng: random.Random, size: int = SIZE) -> Image.Image:
+    """One RGB picture, size x size; place, pose and background vary with `rng`."""
+    canvas = Image.new("RGB", (CANVAS, CANVAS))
+    if picture.van_gogh:
+        scene = starry_night(canvas, rng)
+    else:
+        scene = (SCENES[picture.scene] if picture.scene else rng.choice(PLAIN))(canvas, rng)
+    layer = Image.new("RGBA", (CANVAS, CANVAS), (0, 0, 0, 0))
+    subject = recolored(named.subject, picture.look, rng)
+    reach = 14 if picture.scene else 28  # a landmark needs its place beside the subject
+    height = rng.uniform(155, 195) * (0.84 if subject.kind == "rabbit" else 1.0) * (0.9 if picture.outfit else 1.0)
+    pen = Pen(layer, scene.x + rng.uniform(-reach, reach), scene.ground, height, rng.uniform(-6, 6), rng.random() < 0.5)
+    if picture.look == "cube shaped":
+        draw_cube(pen, layer, subject)
+    else:
+        draw_subject(pen, subject, picture.outfit)
+    if picture.look == "shiny":
+        gloss(pen, layer)
+    if picture.look == "wet":
+        drip(pen, canvas, layer)
+    canvas.paste(layer, mask=layer)
+    if scene.front:
+        scene.front(canvas)
+    if picture.van_gogh:
+        canvas = van_gogh(canvas, rng)
+    return canvas.resize((size, size), Image.Resampling.BOX if size == SIZE else Image.Resampling.LANCZOS)
+
+
+def draw_subject(pen: Pen, subject: Subject, outfit: str | None = None) -> None:
+    if is_live(subject.kind):
+        draw_animal(pen, subject, outfit)
+    else:
+        THINGS[subject.kind](pen, subject)
+
+
+def recolored(subject: Subject, look: str | None, rng: random.Random) -> Subject:
+    """The subject in red, purple or green, for those looks."""
+    if look not in ("red", "purple", "green"):
+        return subject
+    main = jitter(COLORS[look], rng)
+    return dataclasses.replace(subject, main=main, second=shade(main, 0.62))
+
+
+def draw_cube(pen: Pen, layer: Image.Image, subject: Subject) -> None:
+    """A box in the subject's colours with the subject itself on its front."""
+    main, w, h, d = subject.main, 0.40, 0.78, 0.16
+    pen.polygon([(-w, 0), (w, 0), (w, h), (-w, h)], main)
+    pen.polygon([(-w, h), (-w + d, h + d), (w + d, h + d), (w, h)], shade(main, 1.35))
+    pen.polygon([(w, 0), (w + d, d), (w + d, h + d), (w, h)], shade(main, 0.6))
+    pen.box(-w + 0.05, 0.05, w - 0.05, h - 0.05, shade(subject.second, 1.15))
+    x, y = pen.place(0, 0.09)
+    inner = Pen(layer, x, y, pen.scale * (0.56 if subject.kind == "rabbit" else 0.64), 0, pen.flip)
+    inner.cos, inner.sin = pen.cos, pen.sin
+    draw_subject(inner, subject)
+
+
+def gloss(pen: Pen, layer: Image.Image) -> None:
+    """Bright highlights on the subject, and two sparkles that leave its outline."""
+    over = Image.new("RGBA", layer.size, (0, 0, 0, 0))
+    light = Pen(over, pen.x, pen.y, pen.scale)
+    light.cos, light.sin = pen.cos, pen.sin
+    light.line([(-0.3, 0.1), (0.02, 0.95)], (255, 255, 255), 0.055)
+    light.line([(0.16, 0.0), (0.36, 0.5)], (255, 255, 255), 0.055)
+    layer.paste(over, mask=Image.composite(over.getchannel("A"), Image.new("L", over.size), layer.getchannel("A")))
+    for x, y, size in ((-0.34, 0.82, 0.15), (0.36, 0.56, 0.12)):
+        for u, v in ((size, size * 0.16), (size * 0.16, size)):
+            pen.polygon([(x - u, y), (x, y + v), (x + u, y), (x, y - v)], (255, 252, 214))
+
+
+def drip(pen: Pen, canvas: Image.Image, layer: Image.Image) -> None:
+    """A puddle under the subject and big drops on it and beside it."""
+    blue, light = (70, 150, 235), (190, 226, 255)
+    puddle = Pen(canvas, pen.x, pen.y, pen.scale)
+    puddle.ellipse(0, 0.01, 0.52, 0.085, blue)
+    puddle.ellipse(-0.12, 0.02, 0.2, 0.03, light)
+    for x, y in ((-0.3, 0.86), (0.33, 0.8), (-0.16, 0.34), (0.2, 0.42), (-0.42, 0.5), (0.45, 0.3)):
+        pen.ellipse(x, y, 0.045, 0.05, blue)
+        pen.polygon([(x - 0.04, y + 0.02), (x, y + 0.12), (x + 0.04, y + 0.02)], blue)
+        pen.ellipse(x - 0.012, y, 0.014, 0.018, light)
+
+
+def sample(index: int) -> tuple[Named, Picture, random.Random]:
+    """The index-th drawing of the training stream: four drawings in a row show one subject."""
+    named, rng = training_subject(index // 4), random.Random(f"picture {index}")
+    return named, random_picture(named.subject.kind, rng), rng
+
+
+def sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size in rows."""
+    w, h = pictures[0].size
+    page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h), "white")
+    for i, picture in enumerate(pictures):
+        page.paste(picture, (i % columns * w, i // columns * h))
+    return page
+
+
+if __name__ == "__main__":
+    drawings = []
+    for i in range(0, 384, 4):
+        named, picture, rng = sample(i)
+        text = caption(named, picture, rng)
+        drawings.append(draw(named, picture, rng))
+        ImageDraw.Draw(drawings[-1]).text((2, 1), text[:40], fill="black")
+    sheet(drawings, 12).save(sys.argv[1] if len(sys.argv) > 1 else "world.png")
