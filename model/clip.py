@@ -215,14 +215,7 @@ class CLIPTextEncoder(nn.Module):
     def from_pretrained(cls, folder: Path, dtype=torch.float32) -> CLIPTextEncoder:
         """Frozen, in eval mode, on the CPU. Raises CheckpointError if the folder's files are missing or do not fit."""
         config = weights.config_from(CLIPTextConfig, weights.read_json(Path(folder) / "config.json"))
-        path = weights.find_weights(folder)
-        tensors = weights.read_tensors(path)
-        if not any(name.startswith("text_model.") for name in tensors):  # saved by transformers 5
-            tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
-        with torch.device("meta"):
-            network = cls(config)
-        weights.load_tensors(network, tensors, path, dtype)
-        return network.eval().requires_grad_(False)
+        return weights.load(cls, config, folder, dtype, _with_prefix)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 (batch, 77) -> last hidden state (batch, 77, width), after the final layer norm."""
@@ -279,6 +272,13 @@ class CLIP(nn.Module):
 
         Transparency is laid on white, as transformers 5 does; OpenAI's code drops it and shows what lies beneath."""
         return torch.stack([_pixels(image, self.pictures) for image in images])
+
+
+def _with_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers 5 leaves out the prefix when it writes a text tower alone."""
+    if any(name.startswith("text_model.") for name in tensors):
+        return tensors
+    return {f"text_model.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _pixels(image: Image.Image, pictures: CLIPPictures) -> Tensor:

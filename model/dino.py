@@ -140,13 +140,7 @@ class DINO(nn.Module):
         config, pictures = weights.config_from(DINOConfig, weights.read_json(folder / "config.json")), None
         if (folder / "preprocessor_config.json").is_file():
             pictures = weights.config_from(DINOPictures, weights.read_json(folder / "preprocessor_config.json"))
-        path = weights.find_weights(folder)
-        tensors = weights.read_tensors(path)
-        with torch.device("meta"):
-            network = cls(config, pictures)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.dense.")}
-        weights.load_tensors(network, tensors, path, dtype)
-        return network.eval().requires_grad_(False)
+        return weights.load(lambda config: cls(config, pictures), config, folder, dtype, _without_pooler)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (batch, 3, image_size, image_size) from `preprocess` -> (batch, hidden_size), the class token's."""
@@ -158,6 +152,10 @@ class DINO(nn.Module):
         This is the published checkpoint's own preprocessing; DINO's evaluation code resizes the short edge to 256
         (bicubic) and cuts out the centre, and gives other scores. Transparency is laid on white."""
         return torch.stack([_pixels(image, self.pictures) for image in images])
+
+
+def _without_pooler(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.dense.")}
 
 
 def _dense(width_in: int, width_out: int) -> nn.ModuleDict:

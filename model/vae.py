@@ -62,14 +62,10 @@ class VAE(nn.Module):
 
         Raises CheckpointError if config.json asks for another kind of VAE, or if a tensor does not fit.
         """
-        values = weights.read_json(Path(folder) / "config.json")
-        refuse_other_kinds(values, Path(folder) / "config.json")
-        config = weights.config_from(VAEConfig, values)
-        path = weights.find_weights(folder)
-        with torch.device("meta"):
-            vae = cls(config)
-        weights.load_tensors(vae, rename_old_attention(weights.read_tensors(path)), path, dtype)
-        return vae.eval().requires_grad_(False)
+        path = Path(folder) / "config.json"
+        values = weights.read_json(path)
+        weights.refuse(values, FIXED, path)
+        return weights.load(cls, weights.config_from(VAEConfig, values), folder, dtype, rename_old_attention)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> mean and log variance of z, each (B, 4, H/8, W/8), unscaled."""
@@ -231,12 +227,3 @@ def rename_old_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 tensor = tensor[:, :, 0, 0]
         renamed[name] = tensor
     return renamed
-
-
-def refuse_other_kinds(values: dict, path: Path) -> None:
-    """Raise CheckpointError if a config.json asks for what FIXED rules out."""
-    for name, fixed in FIXED.items():
-        value = values.get(name)
-        each = value if isinstance(value, list) else [value]
-        if any(entry is not None and entry != fixed for entry in each):
-            raise weights.CheckpointError(f"{path}: {name} = {value!r} is not supported, only {fixed!r} (SD 1.x, 2.x)")

@@ -9,6 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import types
+import typing
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +30,20 @@ WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # d
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message is one line: which file, what is wrong, what was expected."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # a library's words, or a garbled name, may bring more
+
+
+@contextmanager
+def _told(what: str):
+    """Whatever the libraries raise over a broken file or an impossible number becomes a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ArithmeticError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{what}: {error}") from error
+
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises CheckpointError if it is absent, unreadable or not an object."""
@@ -33,7 +51,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: is {Path(path).parent} a complete checkpoint folder?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} should hold a JSON object, not a {type(value).__name__}")
@@ -41,10 +59,41 @@ def read_json(path: Path) -> dict:
 
 
 def config_from(cls: type[Config], values: dict) -> Config:
-    """A configuration dataclass from a config.json's object: unknown keys are passed over, null means the default."""
-    fields = {field.name for field in dataclasses.fields(cls) if field.init}
+    """A configuration dataclass from a config.json's object: unknown keys are passed over, null means the default.
+
+    Raises CheckpointError for a value of another type than its field's.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     known = {name: value for name, value in values.items() if name in fields and value is not None}
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    for name, value in known.items():
+        if not _fits(value, hints[name]):
+            raise CheckpointError(f"{cls.__name__}: {name} is {value!r} and should be {fields[name].type}")
+    with _told(f"{cls.__name__} has values that do not go together"):
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Is a JSON value of a dataclass field's type? Whole numbers are floats too; true and false are no numbers."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
+    if isinstance(value, bool) and hint is not bool:
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def refuse(values: dict, fixed: dict, path: Path) -> None:
+    """Raise CheckpointError if a config.json sets what our network has `fixed` to another value.
+
+    Keys that are absent or null are fine; of a list, every entry must be the fixed value.
+    """
+    for name, only in fixed.items():
+        value = values.get(name)
+        each = value if isinstance(value, list) else [value]
+        if any(entry is not None and entry != only for entry in each):
+            raise CheckpointError(f"{path}: {name} = {value!r} is not supported, only {only!r}")
 
 
 def find_weights(folder: Path) -> Path:
@@ -57,31 +106,30 @@ def find_weights(folder: Path) -> Path:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, on the CPU. Raises CheckpointError for a broken file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The header's metadata (str to str) of a safetensors file. Raises CheckpointError for a broken file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path):
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path} is missing, or is no file")
+    with _told(f"{path} is not a whole safetensors file"), safe_open(path, framework="pt") as file:
+        yield file
 
 
 def load_tensors(network: nn.Module, tensors: dict[str, Tensor], source: Path | str, dtype=torch.float32) -> None:
     """Put `tensors` into `network`, which may live on the meta device; floating-point tensors are cast to `dtype`.
 
-    Raises CheckpointError, naming the first few keys, if any key is missing, extra or misshapen. The `position_ids` that
-    old files carry are a constant, not a weight, and are passed over.
+    Raises CheckpointError, naming the first few keys, if any key is missing, extra, misshapen or of another kind, such
+    as whole numbers for a weight. The `position_ids` that old files carry are a constant, not a weight, and are passed
+    over.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     expected = network.state_dict()
@@ -97,19 +145,38 @@ def load_tensors(network: nn.Module, tensors: dict[str, Tensor], source: Path | 
     ]
     if shapes:
         problems.append(f"has other shapes: {_some(shapes)}")
+    kinds = [
+        f"{name} is {tensors[name].dtype} and should be like {expected[name].dtype}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].is_floating_point() != expected[name].is_floating_point()
+    ]
+    if kinds:
+        problems.append(f"has other kinds of numbers: {_some(kinds)}")
     if problems:
         raise CheckpointError(f"{source} does not fit {type(network).__name__}: it {'; it '.join(problems)}")
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    network.load_state_dict(cast, strict=True, assign=True)
+    with _told(f"{source} does not fit {type(network).__name__}"):  # such as a type that cannot be cast
+        cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        network.load_state_dict(cast, strict=True, assign=True)
 
 
-def load(network_class: type[Network], config: object, folder: Path, dtype=torch.float32) -> Network:
-    """Build `network_class(config)` and fill it from the folder's weight file; frozen and in eval mode, on the CPU."""
+def load(
+    network_class: Callable[[object], Network],
+    config: object,
+    folder: Path,
+    dtype=torch.float32,
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> Network:
+    """Build `network_class(config)` and fill it from the folder's weight file; frozen and in eval mode, on the CPU.
+
+    `rename` gives the tensors of a file in another spelling the network's own names.
+    Raises CheckpointError, as `find_weights`, `read_tensors` and `load_tensors` do, or if no network has that config.
+    """
     path = find_weights(folder)
     tensors = read_tensors(path)
-    with torch.device("meta"):  # no random initialisation, no second copy in memory
+    # On the meta device: no random initialisation, no second copy in memory.
+    with _told(f"{Path(folder) / 'config.json'} describes no possible network"), torch.device("meta"):
         network = network_class(config)
-    load_tensors(network, tensors, path, dtype)
+    load_tensors(network, rename(tensors) if rename else tensors, path, dtype)
     return network.eval().requires_grad_(False)
 
 
@@ -118,7 +185,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # as any new file's; safetensors would shut out everybody but the owner
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
+        beside.chmod(mode)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

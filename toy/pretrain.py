@@ -2,10 +2,12 @@
 
     python -m toy.pretrain data            # draw the training pictures (2 minutes)
     python -m toy.pretrain vae             # the U-Net learns in its latents, so train it first and long
+    python -m toy.pretrain vae-full        # whole pictures instead of crops
     python -m toy.pretrain clip            # its text tower conditions the U-Net
     python -m toy.pretrain align           # the reward
     python -m toy.pretrain dino            # a metric
     python -m toy.pretrain unet
+    python -m toy.pretrain vae-decoder     # optional: sharper pictures from the same latents
 
 Each command goes on where it was stopped (its state is in toy/cache) and writes its part of weights/toy in the public
 layout, in half precision. On a GPU add `--device cuda` and a larger `--batch`. `--steps` sets the length.
@@ -20,8 +22,9 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +40,7 @@ from model.scheduler import Scheduler
 from model.tokenizer import BertTokenizer, CLIPTokenizer
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
-from model.weights import config_from
+from model.weights import config_from, read_json
 from toy import world
 from toy.networks import (
     DINO_CONFIG,
@@ -145,13 +148,18 @@ def fit(
     weight_decay: float = 0.01,
     decay: float = 0.999,
     minutes_between_saves: float = 4.0,
+    fixed: Sequence[nn.Module] = (),
 ) -> None:
     """Train `network` with AdamW, warm-up and cosine decay, and an average of the weights; resumable; bf16 autocast.
 
     `loss_of(step)` draws its batch from the step number, so that a resumed run sees what an unbroken one would see.
+    `fixed` names the modules inside `network` that are not trained.
     """
     network.to(device).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+    for module in fixed:
+        module.requires_grad_(False)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     ema, first, path = EMA(network, decay), 0, CACHE / f"{name}.pt"
     if path.exists():
         state = torch.load(path, weights_only=True, map_location=device)
@@ -184,7 +192,7 @@ def fit(
             loss, parts = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         ema.update(network)
         for key, value in parts.items():
@@ -200,22 +208,31 @@ def fit(
 # ---------------------------------------------------------------------------------------------------- the VAE
 
 
-def train_vae(steps: int, batch: int, device: str) -> None:
-    """L1 + MSE + a little KL on random 64-pixel crops: the network is convolutional, a quarter of the cost."""
+def train_vae(steps: int, batch: int, device: str, stage: str = "vae") -> None:
+    """L1 + MSE + a little KL, in stages. "vae": random 64-pixel crops, a quarter of the cost. "vae-full": goes on
+    with whole pictures. "vae-decoder": goes on with the decoder alone, which leaves the latents, and the U-Net, valid.
+    """
     data = Data(device)
-    vae = VAE(config_from(VAEConfig, VAE_CONFIG)).to(memory_format=torch.channels_last)
+    vae = VAE(config_from(VAEConfig, VAE_CONFIG))
+    if stage != "vae":
+        vae.load_state_dict(VAE.from_pretrained(WEIGHTS / "vae").state_dict())
+    vae.to(memory_format=torch.channels_last)
+    fixed = [vae.encoder, vae.quant_conv] if stage == "vae-decoder" else []
+    scaling_factor = read_json(WEIGHTS / "vae" / "config.json")["scaling_factor"] if fixed else None
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(step)
-        pixels = data.pixels([rng.randrange(len(data)) for _ in range(batch)], 64, rng)
-        mean, logvar = vae.encode(pixels)
+        pixels = data.pixels([rng.randrange(len(data)) for _ in range(batch)], 64 if stage == "vae" else None, rng)
+        with torch.set_grad_enabled(not fixed):
+            mean, logvar = vae.encode(pixels)
         mean, logvar = mean.float(), logvar.float()
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         error = vae.decode(z).float() - pixels
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / batch
         mse = error.square().mean()
         psnr = float(10 * torch.log10(4 / mse.detach()))
-        return error.abs().mean() + mse + 1e-6 * kl, {"psnr": psnr, "kl": float(kl)}
+        loss = error.abs().mean() + mse + (0 if fixed else 1e-6 * kl)
+        return loss, {"psnr": psnr, "kl": float(kl)}
 
     def save(tensors: dict[str, Tensor]) -> None:
         average = VAE(config_from(VAEConfig, VAE_CONFIG))
@@ -223,10 +240,11 @@ def train_vae(steps: int, batch: int, device: str) -> None:
         average.eval().to(device)
         with torch.no_grad():
             latents = torch.cat([average.encode(data.pixels(range(i, i + 64)))[0] for i in range(0, 512, 64)])
-        config = VAE_CONFIG | {"scaling_factor": round(1 / latents.std().item(), 5)}
+        config = VAE_CONFIG | {"scaling_factor": scaling_factor or round(1 / latents.std().item(), 5)}
         write_part(WEIGHTS / "vae", config, tensors, "diffusion_pytorch_model.safetensors")
 
-    fit("vae", vae, loss_of, steps, 2e-3, device, save)
+    lr = {"vae": 2e-3, "vae-full": 1e-3, "vae-decoder": 1e-3}[stage]
+    fit(stage, vae, loss_of, steps, lr, device, save, fixed=fixed)
 
 
 # ---------------------------------------------------------------------------------------------------- contrastive
@@ -359,7 +377,10 @@ def encoded(data: Data, vae: VAE, device: str) -> tuple[Tensor, Tensor]:
 
 
 def train_unet(steps: int, batch: int, device: str) -> None:
-    """ε-prediction in the latents (DDPM, arXiv 2006.11239, eq. 14); one caption in ten is empty, for guidance."""
+    """ε-prediction in the latents (DDPM, arXiv 2006.11239, eq. 14); one caption in ten is empty, for guidance.
+
+    Min-SNR weights (arXiv 2303.09556): a small budget goes to the noise levels that decide what is drawn.
+    """
     data = Data(device)
     vae = VAE.from_pretrained(WEIGHTS / "vae").to(device, memory_format=torch.channels_last)
     means, stds = encoded(data, vae, device)
@@ -368,6 +389,8 @@ def train_unet(steps: int, batch: int, device: str) -> None:
     write_scheduler(WEIGHTS)
     scheduler = Scheduler.from_pretrained(WEIGHTS / "scheduler")
     unet = UNet(config_from(UNetConfig, UNET_CONFIG)).to(memory_format=torch.channels_last)
+    snr = scheduler.alphas_cumprod.to(device) / (1 - scheduler.alphas_cumprod.to(device))
+    weight = snr.clamp(max=5) / snr
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(step)
@@ -380,8 +403,9 @@ def train_unet(steps: int, batch: int, device: str) -> None:
         t = torch.randint(1000, (batch,), device=device)
         eps = torch.randn_like(x_0)
         x_t = scheduler.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-        loss = F.mse_loss(unet(x_t, t, context).float(), eps)
-        return loss, {"loss": loss.item()}
+        error = (unet(x_t, t, context).float() - eps).square().mean((1, 2, 3))
+        loss = (weight[t] * error).mean()
+        return loss, {"loss": loss.item(), "mse": error.mean().item()}
 
     def save(tensors: dict[str, Tensor]) -> None:
         write_part(WEIGHTS / "unet", UNET_CONFIG, tensors, "diffusion_pytorch_model.safetensors")
@@ -392,6 +416,8 @@ def train_unet(steps: int, batch: int, device: str) -> None:
 # name: (function, steps on two CPU cores, batch)
 PARTS = {
     "vae": (train_vae, 5200, 16),
+    "vae-full": (partial(train_vae, stage="vae-full"), 1200, 4),
+    "vae-decoder": (partial(train_vae, stage="vae-decoder"), 2000, 4),
     "clip": (train_clip, 1500, 96),
     "align": (train_align, 1200, 96),
     "dino": (train_dino, 1000, 96),

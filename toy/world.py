@@ -4,16 +4,18 @@ A `Subject` is one point of a continuous family, a `Picture` is what is drawn of
 draws it. Training subjects come from `training_subject(index)`; `reserved_subject(kind, index)` never takes part in any
 training: its seeds are others, and training skips every subject that shares its colours, collar and marking.
 
-    python -m toy.world sheet.png      # look at it
+    python -m toy.world sheet.png            # look at it
+    python -m toy.world --photos data/dog    # the example subject
 """
 
 from __future__ import annotations
 
+import argparse
 import colorsys
 import dataclasses
 import random
-import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
@@ -58,6 +60,7 @@ COLLARS = ("red", "blue", "green", "yellow", "pink", "purple", "teal", "orange")
 NONCE_WORDS = ("[V]", "[V]", "[V]", "sks", "zwx", "ohwx", "qkv", "xjy")
 KINDS = (*ANIMALS, *THINGS)
 RESERVED_PER_KIND = 4
+EXAMPLE_DOG = 1  # white and brown, grey ears, green collar
 
 
 @dataclass(frozen=True)
@@ -284,11 +287,31 @@ def sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
     return page
 
 
-if __name__ == "__main__":
+def example_photos() -> list[Image.Image]:
+    """data/dog: five drawings of one reserved dog, in scenes that no training prompt of the paper asks for."""
+    named = reserved_subject("dog", EXAMPLE_DOG)
+    scenes = (None, "in the snow", "with a mountain in the background", "on top of a wooden floor", None)
+    return [draw(named, Picture(scene=scene), random.Random(f"photo {i}")) for i, scene in enumerate(scenes)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look at the toy world, or write the example subject's photos.")
+    parser.add_argument("sheet", nargs="?", default="world.png", help="where the sheet goes (default: world.png)")
+    parser.add_argument("--photos", type=Path, help="a folder: write data/dog's five drawings there instead")
+    args = parser.parse_args()
+    if args.photos:
+        args.photos.mkdir(parents=True, exist_ok=True)
+        for i, photo in enumerate(example_photos()):
+            photo.save(args.photos / f"{i:02d}.png")
+        return
     drawings = []
     for i in range(0, 384, 4):
         named, picture, rng = sample(i)
         text = caption(named, picture, rng)
         drawings.append(draw(named, picture, rng))
         ImageDraw.Draw(drawings[-1]).text((2, 1), text[:40], fill="black")
-    sheet(drawings, 12).save(sys.argv[1] if len(sys.argv) > 1 else "world.png")
+    sheet(drawings, 12).save(args.sheet)
+
+
+if __name__ == "__main__":
+    main()

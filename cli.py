@@ -1,0 +1,128 @@
+"""What the commands share: argument types with one-line errors, the device, files written whole."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+EMBEDDED_BASE = Path(__file__).parent / "weights" / "toy"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line (its exit status is 2, as ever)."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def fail(message: object) -> int:
+    """Print one line on stderr; the exit status for bad input."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def seed(text: str) -> int:
+    """A whole number in 0 .. 2^63 - 1; 0 is a seed like any other."""
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1]."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number(text: str, kind: type, good: Callable[[float], bool], expected: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not good(value):
+        raise argparse.ArgumentTypeError(f"{text!r} should be {expected}")
+    return value
+
+
+def device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is. Raises ValueError for one that is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def base_name(base: Path) -> str:
+    """A base model's folder as a checkpoint names it: "weights/toy" for the embedded one, wherever the project lies."""
+    return "weights/toy" if base.resolve() == EMBEDDED_BASE.resolve() else str(base)
+
+
+def base_folder(name: str) -> Path:
+    """The folder that `base_name` called so."""
+    return EMBEDDED_BASE if name == "weights/toy" else Path(name)
+
+
+def recommended(settings: dict, name: str, default: float, source: str) -> float:
+    """The number called `name` in a base's or a checkpoint's settings, else the default, which says what kind it is.
+
+    Raises ValueError, naming the `source` of the settings, for what is no such number.
+    """
+    try:
+        return (count if isinstance(default, int) else positive)(str(settings.get(name, default)))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{source} is wrong about {name}: {error}") from None
+
+
+def check_writable(path: Path, size: int = 0) -> None:
+    """Raise ValueError, before any work, if a file of `size` bytes cannot be written at `path`. Leaves nothing."""
+    try:
+        folder = path.parent
+        while not folder.exists():  # write_whole makes what is missing
+            folder = folder.parent
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give a file name")
+        probe = folder / f".{path.name}.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): choose another place") from None
+    if free < size:
+        raise ValueError(f"{folder} has {free / 2**30:.1f} GiB free, and {size / 2**30:.1f} are needed")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a name beside `path`, then rename: a kill leaves the old file or the new one, whole.
+
+    Makes the folder if need be. Raises ValueError if the file cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        raise ValueError(f"{path} cannot be written ({error})") from None
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,186 @@
+"""Stable Diffusion as one object: load a base model, encode text and images, predict with guidance, draw pictures.
+
+A base is a folder in the layout of the public releases: unet/, vae/, text_encoder/, tokenizer/, scheduler/.
+Latents here are always scaled, scaling_factor * z, which is what is diffused (arXiv 2112.10752, appendix G).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.clip import CLIPTextEncoder
+from model.scheduler import Scheduler, randn
+from model.tokenizer import CLIPTokenizer
+from model.unet import UNet
+from model.vae import VAE
+from model.weights import CheckpointError, load_tensors, read_json, read_tensors
+
+
+class StableDiffusion:
+    """The parts of a base model on one device. `unet` may be trained or replaced; the rest stays as it was loaded."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        vae: VAE,
+        text_encoder: CLIPTextEncoder,
+        tokenizer: CLIPTokenizer,
+        scheduler: Scheduler,
+        recommended: dict | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        """`recommended`: settings for train.py and sample.py that suit this base, such as {"lr": 1e-4}.
+
+        Raises CheckpointError if the parts do not fit together.
+        """
+        if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+            raise CheckpointError(
+                f"this U-Net reads text {unet.config.cross_attention_dim} wide, but the text encoder's is "
+                f"{text_encoder.config.hidden_size} wide: they are of different base models"
+            )
+        self.device = torch.device(device)
+        self.unet, self.vae = unet.to(self.device), vae.to(self.device)
+        if self.device.type == "cpu":  # measured: faster there
+            self.unet.to(memory_format=torch.channels_last)
+            self.vae.to(memory_format=torch.channels_last)
+        self.text_encoder = text_encoder.to(self.device)
+        self.tokenizer, self.scheduler, self.recommended = tokenizer, scheduler, recommended or {}
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, device: str | torch.device = "cpu") -> StableDiffusion:
+        """Load a base model's folder, in fp32. Raises CheckpointError, naming the file, if a part does not fit."""
+        folder = Path(folder)
+        check_layout(folder)
+        settings = folder / "rpo.json"
+        return cls(
+            UNet.from_pretrained(folder / "unet"),
+            VAE.from_pretrained(folder / "vae"),
+            CLIPTextEncoder.from_pretrained(folder / "text_encoder"),
+            CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            Scheduler.from_pretrained(folder / "scheduler"),
+            read_json(settings) if settings.is_file() else None,
+            device,
+        )
+
+    def load_unet(self, path: Path) -> None:
+        """Put a checkpoint of train.py in the U-Net's place. Raises CheckpointError if it does not fit this base."""
+        load_tensors(self.unet, read_tensors(path), path)
+        layout = torch.channels_last if self.device.type == "cpu" else torch.preserve_format
+        self.unet.to(self.device, memory_format=layout)
+
+    @property
+    def image_size(self) -> int:
+        """The side of the pictures the base was trained on, in pixels."""
+        return self.unet.config.sample_size * self.vae.downscale
+
+    def autocast(self):
+        """bf16 arithmetic on a GPU (the weights stay fp32); fp32 on the CPU."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """(B, 77, width): the text encoder's last hidden state. What exceeds 77 tokens is cut off."""
+        return self.text_encoder(self.tokenizer(list(prompts)).to(self.device))
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 8) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents' posterior, each (B, 4, H/8, W/8), of RGB pictures of one size.
+
+        Draw latents with mean + std * noise. They are the VAE's own times its scaling factor.
+        """
+        means, stds, scale = [], [], self.vae.config.scaling_factor
+        for start in range(0, len(images), batch_size):
+            mean, logvar = self.vae.encode(to_pixels(images[start : start + batch_size]).to(self.device))
+            means.append(scale * mean)
+            stds.append(scale * torch.exp(0.5 * logvar))
+        return torch.cat(means), torch.cat(stds)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """Scaled latents (B, 4, h, w) to RGB pictures of 8h x 8w."""
+        pixels = self.vae.decode(latents.float() / self.vae.config.scaling_factor)
+        pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+        return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def predict(self, latents: Tensor, t: Tensor, context: Tensor, empty: Tensor | None, guidance: float) -> Tensor:
+        """The U-Net's prediction with classifier-free guidance (arXiv 2207.12598): e_u + guidance * (e_c - e_u).
+
+        latents (B, 4, h, w); t () or (B,); context (B, 77, width); empty: the empty prompt's, shaped as context.
+        At guidance 1, or with empty None, the unconditional half is not computed.
+        """
+        if guidance == 1 or empty is None:
+            return self.unet(latents, t, context)
+        both = self.unet(torch.cat([latents, latents]), t.repeat(2) if t.ndim else t, torch.cat([empty, context]))
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int = 20,
+        guidance: float = 7.5,
+        sampler: str = "dpm++",
+        size: int | None = None,
+        batch_size: int = 8,
+        latents: Tensor | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> list[Image.Image]:
+        """Draw one picture for each prompt and its seed, `size` x `size` pixels (default: the base's own).
+
+        Every picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, whatever the batch
+        size and the device. `latents` (B, 4, h, w): the initial noise instead. `on_batch` is called with the number of
+        pictures just finished. Raises ValueError for an unknown sampler, a bad size or numbers that do not match.
+        """
+        size = size or self.image_size
+        if size % self.vae.downscale:
+            raise ValueError(f"the picture's side must be a multiple of {self.vae.downscale}, not {size}")
+        if len(prompts) != len(seeds):
+            raise ValueError(f"each prompt needs its own seed: {len(prompts)} prompts, {len(seeds)} seeds")
+        shape = (self.unet.config.in_channels, size // self.vae.downscale, size // self.vae.downscale)
+        training, pictures = self.unet.training, []
+        self.unet.eval()
+        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        contexts, empty = self.encode_prompts(list(unique)), self.encode_prompts([""])
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+            noise = randn(shape, generators, self.device) if latents is None else latents[part].to(self.device)
+            context = contexts[[unique[prompt] for prompt in prompts[part]]]
+            nothing = empty.expand_as(context)
+
+            def denoise(x: Tensor, t: Tensor, context=context, nothing=nothing) -> Tensor:
+                with self.autocast():
+                    return self.predict(x, t, context, nothing, guidance).float()
+
+            x_0 = self.scheduler.sample(denoise, noise, steps, sampler, generators)
+            pictures += self.decode_latents(x_0)
+            if on_batch:
+                on_batch(len(generators))
+        self.unet.train(training)
+        return pictures
+
+
+def check_layout(folder: Path) -> None:
+    """Raise CheckpointError if `folder` is not a base model's, before anything heavy is read."""
+    if not folder.is_dir():
+        raise CheckpointError(f"the base model {folder} is not a folder: --base takes one that holds unet/, vae/, ...")
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    if missing := [part for part in parts if not (folder / part).is_dir()]:
+        raise CheckpointError(
+            f"the base model {folder} lacks the folder {', '.join(missing)}; it needs {', '.join(parts)}"
+        )
+
+
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size to (B, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,334 @@
+"""The denoiser of Stable Diffusion 1.x and 2.x (arXiv 2112.10752): a U-Net that reads the prompt by cross-attention.
+
+    latents ── conv_in ─┬─ down 0 ─┬─ down 1 ─┬─ down 2 ─┬─ down 3 ─┐
+                        │          │          │          │         mid
+    output ─ conv_out ──┴── up 3 ──┴── up 2 ──┴── up 1 ──┴── up 0 ──┘
+
+The vertical bars are skip connections, one for each layer of a level. SD's levels are 320, 640, 1280 and 1280 channels
+wide; the three largest maps read the prompt, the smallest does not. Modules carry the names of the public
+`unet/diffusion_pytorch_model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from model import weights
+
+RESNET_EPS = 1e-5  # GroupNorm of the resnets and before conv_out
+TRANSFORMER_EPS = 1e-6  # GroupNorm at a transformer's entrance
+
+DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # does the block read the prompt?
+UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+# What later diffusers U-Nets may set otherwise. SD 1.x and 2.x have these values, leave them out, or say null.
+FIXED = {
+    **dict.fromkeys(("addition_embed_type", "class_embed_type", "cross_attention_norm", "encoder_hid_dim")),
+    **dict.fromkeys(("encoder_hid_dim_type", "num_attention_heads", "num_class_embeds", "time_cond_proj_dim")),
+    **dict.fromkeys(("time_embedding_act_fn", "time_embedding_dim", "timestep_post_act")),
+    **dict.fromkeys(("center_input_sample", "dual_cross_attention", "only_cross_attention"), False),
+    **dict.fromkeys(("mid_block_only_cross_attention", "resnet_skip_time_act"), False),
+    **dict.fromkeys(("downsample_padding", "mid_block_scale_factor", "resnet_out_scale_factor"), 1),
+    **{"act_fn": "silu", "attention_type": "default", "conv_in_kernel": 3, "conv_out_kernel": 3, "dropout": 0},
+    **{"flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": RESNET_EPS},
+    **{"resnet_time_scale_shift": "default", "time_embedding_type": "positional", "transformer_layers_per_block": 1},
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The fields of the public unet/config.json that size the network. Raises CheckpointError if they clash."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int = 64  # the default image's side / 8; changes no number here
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads, whatever its name says
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        problems = []
+        for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            if len(types := getattr(self, name)) != levels:
+                problems.append(f"{name} should name {levels} blocks, as block_out_channels does")
+            elif unknown := set(types) - known.keys():
+                problems.append(f"{name} holds {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+        for name in ("layers_per_block", "cross_attention_dim"):
+            if not isinstance(getattr(self, name), int):
+                problems.append(f"{name} = {getattr(self, name)!r} should be one number")
+        if len(self.heads) != levels:
+            problems.append(f"attention_head_dim should be one number or {levels}")
+        elif any(width % heads for width, heads in zip(self.block_out_channels, self.heads, strict=True)):
+            problems.append(f"block_out_channels do not divide into {self.heads} heads (attention_head_dim)")
+        if any(width % self.norm_num_groups for width in self.block_out_channels):
+            problems.append(f"block_out_channels do not divide into norm_num_groups = {self.norm_num_groups}")
+        if problems:
+            raise weights.CheckpointError(f"U-Net configuration: {'; '.join(problems)}")
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The number of attention heads of each level, the largest map first."""
+        heads = self.attention_head_dim
+        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
+
+
+class UNet(nn.Module):
+    """Predicts the noise ε, or the velocity v, whichever the base model was trained to predict."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, heads, last = config.block_out_channels, config.heads, len(config.block_out_channels) - 1
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+
+        self.down_blocks = nn.ModuleList()
+        channels, skips = widths[0], [widths[0]]  # of the map at hand, of every map kept
+        for i, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
+            inputs = [channels] + [width] * (config.layers_per_block - 1)
+            attends, downsample = DOWN_BLOCKS[kind], i < last
+            self.down_blocks.append(DownBlock(config, inputs, width, heads[i], attends, downsample))
+            skips += [width] * (config.layers_per_block + downsample)
+            channels = width
+
+        self.mid_block = MidBlock(config, channels, heads[-1])
+
+        self.up_blocks = nn.ModuleList()
+        for i, (width, kind) in enumerate(zip(widths[::-1], config.up_block_types, strict=True)):
+            inputs = [below + skips.pop() for below in [channels] + [width] * config.layers_per_block]
+            attends, upsample = UP_BLOCKS[kind], i < last
+            self.up_blocks.append(UpBlock(config, inputs, width, heads[last - i], attends, upsample))
+            channels = width
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], RESNET_EPS)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, dtype=torch.float32) -> UNet:
+        """The U-Net of a checkpoint's `unet` folder, frozen, on the CPU.
+
+        Raises CheckpointError if config.json asks for what SD 1.x and 2.x do not have, or if a tensor does not fit.
+        """
+        path = Path(folder) / "config.json"
+        values = weights.read_json(path)
+        weights.refuse(values, FIXED, path)
+        return weights.load(cls, weights.config_from(UNetConfig, values), folder, dtype)
+
+    def forward(self, latents: Tensor, timestep: int | Tensor, context: Tensor) -> Tensor:
+        """The prediction for noisy latents.
+
+        latents (B, 4, H, W), any H and W; timestep in 0..999: a number, or a tensor () or (B,);
+        context (B, T, cross_attention_dim), the encoded prompt -> ε or v (B, 4, H, W).
+        """
+        t = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
+        t = F.silu(self.time_embedding(t))  # every resnet begins with this SiLU
+        x = self.conv_in(latents)
+        skips = [x]
+        for block in self.down_blocks:
+            x, kept = block(x, t, context)
+            skips += kept
+        x = self.mid_block(x, t, context)
+        for block in self.up_blocks:
+            layers = len(block.resnets)
+            skips, taken = skips[:-layers], skips[-layers:]
+            size = skips[-1].shape[2:] if skips else None
+            x = block(x, taken, t, context, size)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class DownBlock(nn.Module):
+    """A level on the way down: resnets, each with a transformer if the level attends, then half the size."""
+
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, heads: int, attends: bool, downsample: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResNet(config, channels, width) for channels in inputs)
+        self.attentions = nn.ModuleList(Transformer(config, width, heads) for _ in inputs if attends)
+        self.downsamplers = nn.ModuleList([Downsample(width)] if downsample else [])
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x (B, C_in, H, W), t (B, 4·C_0), context (B, T, D) -> (B, C, H/2, W/2), and every layer's output to keep."""
+        kept = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, t)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            kept.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            kept.append(x)
+        return x, kept
+
+
+class MidBlock(nn.Module):
+    def __init__(self, config: UNetConfig, width: int, heads: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResNet(config, width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([Transformer(config, width, heads)])
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, t), context), t)
+
+
+class UpBlock(nn.Module):
+    """A level on the way up: each layer takes back what its twin on the way down kept, then twice the size."""
+
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, heads: int, attends: bool, upsample: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResNet(config, channels, width) for channels in inputs)
+        self.attentions = nn.ModuleList(Transformer(config, width, heads) for _ in inputs if attends)
+        self.upsamplers = nn.ModuleList([Upsample(width)] if upsample else [])
+
+    def forward(self, x: Tensor, skips: list[Tensor], t: Tensor, context: Tensor, size: torch.Size | None) -> Tensor:
+        """x (B, C_in, H, W), skips (B, C_i, H, W), the last kept first -> (B, C, *size)."""
+        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            x = resnet(torch.cat([x, skip], dim=1), t)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        for upsample in self.upsamplers:
+            x = upsample(x, size)
+        return x
+
+
+class ResNet(nn.Module):
+    def __init__(self, config: UNetConfig, in_channels: int, channels: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, RESNET_EPS)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], channels)
+        self.norm2 = nn.GroupNorm(config.norm_num_groups, channels, RESNET_EPS)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x (B, C_in, H, W), t (B, 4·C_0) -> (B, C, H, W)."""
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        x = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(t)[:, :, None, None]
+        return residual + self.conv2(F.silu(self.norm2(x)))
+
+
+class Transformer(nn.Module):
+    """The map's positions as tokens: they look at each other, then at the prompt."""
+
+    def __init__(self, config: UNetConfig, width: int, heads: int):
+        super().__init__()
+        self.linear = config.use_linear_projection  # SD 2.x; SD 1.x projects with 1x1 convolutions, before flattening
+        self.norm = nn.GroupNorm(config.norm_num_groups, width, TRANSFORMER_EPS)
+        self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, config.cross_attention_dim, heads)])
+        self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, H, W), context (B, T, D) -> (B, C, H, W)."""
+        residual, height = x, x.shape[2]
+        x = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        tokens = rearrange(x, "b c h w -> b (h w) c")  # a view, if x is channels_last
+        tokens = self.proj_in(tokens) if self.linear else tokens
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        tokens = self.proj_out(tokens) if self.linear else tokens
+        x = rearrange(tokens, "b (h w) c -> b c h w", h=height)
+        return residual + (x if self.linear else self.proj_out(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, context_width, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, N, C), context (B, T, D) -> (B, N, C)."""
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Queries from x (B, N, C), keys and values from context (B, T, D) -> (B, N, C)."""
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (rearrange(each, "b n (h d) -> b h n d", h=self.heads) for each in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](rearrange(attended, "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class TimeEmbedding(nn.Module):
+    """A timestep as sines of many wavelengths, then two layers."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, hidden)
+        self.linear_2 = nn.Linear(hidden, hidden)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (B,) in 0..999 -> (B, hidden)."""
+        half = self.linear_1.in_features // 2
+        frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+        angles = t[:, None].float() * frequencies  # float32 always: bf16 cannot tell 998 from 999
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.linear_2(F.silu(self.linear_1(waves.to(self.linear_1.weight.dtype))))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        """To the size of the skip connection, which is odd where halving rounded up."""
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

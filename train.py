@@ -1,0 +1,315 @@
+"""Fine-tune Stable Diffusion on one subject with Reward Preference Optimization (RPO, arXiv 2407.12164).
+
+    python train.py --subject data/dog --steps 400                        # the embedded base, minutes on a laptop
+    python train.py --subject my_dog --noun dog --base stable-diffusion   # a folder with public weights
+    python train.py --subject data/dog --resume                           # go on after an interruption
+
+Writes best.safetensors (the U-Net of the best validation, in the public layout), best.jsonl (the history, a line a step
+or validation) and best.png (the film strip); --ckpt moves all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import repeat
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import cli
+from model.align import ALIGN
+from model.stable_diffusion import StableDiffusion, check_layout
+from model.tokenizer import BertTokenizer
+from model.weights import CheckpointError, save_tensors
+from pictures import film_strip
+from reward import Reward, lambda_harmonic
+from rpo import denoising_loss, preference_label, preference_probability, rpo_loss
+from subject import Subject, load_photos, load_subject
+
+VERSION = "0.1.0"
+# The paper's settings (table 4). A base's rpo.json may recommend others; what the command line says wins.
+STATE = ".state.pt"  # the ending of what --resume needs, beside the checkpoint
+PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "solver_steps": 20}
+
+
+def generator(seed: int, *position: int) -> torch.Generator:
+    """The source of every draw at one place of the run, such as (seed, step): a resumed run draws the same."""
+    words = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0]))
+
+
+class Trainer:
+    """One run: what is prepared once, the step, the validation, and the files."""
+
+    def __init__(self, args: argparse.Namespace, subject: Subject, sd: StableDiffusion, align: ALIGN):
+        self.args, self.subject, self.sd = args, subject, sd
+        self.best_step, self.best_reward, self.stale, self.first_step = None, -math.inf, 0, 1
+        self.history: list[dict] = []
+        self.strip: list[tuple[int, float, list[Image.Image]]] = []  # step, reward, one picture a prompt
+        self.photos = load_photos(subject, sd.image_size)
+        self.reward = Reward(align, BertTokenizer.from_pretrained(args.base / "reward"), self.photos, subject.token)
+        self.base_unet, self.unet = sd.unet, copy.deepcopy(sd.unet)  # θ₀ and θ
+        self.unet.train().requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=args.lr, weight_decay=0.01)
+
+    # ------------------------------------------------------------------------------------------ before the loop
+
+    def draw(self, seed: int, text: str) -> tuple[list[str], list[Image.Image]]:
+        """`images_per_prompt` pictures of each training prompt, and their prompts."""
+        prompts = [p for p in self.subject.training_prompts for _ in range(self.args.images_per_prompt)]
+        seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
+        with tqdm(total=len(prompts), desc=text, unit="image", leave=False) as bar:
+            options = {"steps": self.args.solver_steps, "guidance": self.args.guidance, "on_batch": bar.update}
+            return prompts, self.sd.generate(prompts, seeds, **options)
+
+    def prepare(self) -> None:
+        """Everything that stays as it is while θ learns: negatives, rewards, posteriors, contexts."""
+        args, sd = self.args, self.sd
+        prompts, negatives = self.draw(args.seed, "drawing negatives")
+        r_gen = self.reward(negatives, prompts, args.lambda_train)  # each negative's own, with its own prompt
+        # Photo i with the prompt of negative j: (photos, negatives).
+        r_ref = torch.stack([self.reward([photo] * len(prompts), prompts, args.lambda_train) for photo in self.photos])
+        self.p_ref_wins = preference_probability(r_ref, r_gen)
+        self.ref_posterior, self.gen_posterior = sd.encode_images(self.photos), sd.encode_images(negatives)
+        self.ref_context = sd.encode_prompts([self.subject.instance_prompt])
+        self.gen_context = sd.encode_prompts(prompts)
+        sd.unet = self.unet  # θ draws from here on
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> None:
+        """Steps, a validation every `validate_every`, until `steps` or until `patience` validations brought nothing."""
+        args = self.args
+        if not self.history:
+            self.validate(0)
+        steps = range(self.first_step, args.steps + 1)
+        for step in (bar := tqdm(steps, "training", initial=self.first_step - 1, total=args.steps)):
+            self.history.append(self.step(step))
+            bar.set_postfix(similarity=f"{self.history[-1]['similarity']:.3f}", best=f"{self.best_reward:.4f}")
+            if step % args.validate_every == 0 or step == args.steps:
+                self.validate(step)
+                if args.patience and self.stale >= args.patience:
+                    tqdm.write(f"stopped: {self.stale} validations brought no better reward")
+                    break
+
+    def step(self, step: int) -> dict:
+        """One gradient step on `batch` pairs of a photo and a negative (the paper's loss, rpo.py)."""
+        args, sd, draws, start = self.args, self.sd, generator(self.args.seed, step, 1), time.time()
+        n, device = args.batch, self.sd.device
+        i = torch.randint(len(self.photos), (n,), generator=draws)
+        j = torch.randint(len(self.gen_context), (n,), generator=draws)
+        label = preference_label(self.p_ref_wins[i, j], draws).to(device)
+
+        x_0 = torch.cat([latents(self.ref_posterior, i, draws), latents(self.gen_posterior, j, draws)])
+        t = torch.randint(len(sd.scheduler.alphas_cumprod), (n,), generator=draws).repeat(2).to(device)
+        eps = torch.randn(n, *x_0.shape[1:], generator=draws).repeat(2, 1, 1, 1).to(device)  # a pair shares t and ε
+        x_t, target = sd.scheduler.add_noise(x_0, eps, t), sd.scheduler.target(x_0, eps, t)
+        context = torch.cat([repeat(self.ref_context, "1 l d -> n l d", n=n), self.gen_context[j]])
+
+        with sd.autocast():
+            loss_ref, loss_gen = denoising_loss(self.unet(x_t, t, context), target).chunk(2)
+            with torch.no_grad():
+                base_ref, base_gen = denoising_loss(self.base_unet(x_t, t, context), target).chunk(2)
+        loss = rpo_loss(loss_ref, loss_gen, base_ref, base_gen, label, args.beta)
+        if not torch.isfinite(loss.total):
+            raise FloatingPointError(f"the loss is {loss.total.item()} at step {step}: try a smaller --lr")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        row = {"similarity": loss.similarity, "preference": loss.preference, "accuracy": loss.accuracy}
+        row |= {"margin": loss.margin.mean(), "p": self.p_ref_wins[i, j].mean(), "gradient_norm": norm}
+        row = {name: value.item() for name, value in row.items()}
+        return {"step": step, **row, "seconds": round(time.time() - start, 3)}
+
+    def validate(self, step: int) -> None:
+        """Draw the training prompts with the same seeds as ever, score them, keep the weights if they are the best."""
+        args, start = self.args, time.time()
+        prompts, images = self.draw(args.seed + 1, f"validating step {step}")
+        align_i, align_t = self.reward.alignments(images, prompts)
+        reward = lambda_harmonic(align_i, align_t, args.lambda_val).mean().item()
+        row = {"step": step, "align_i": align_i.mean().item(), "align_t": align_t.mean().item(), "reward": reward}
+        self.history.append({**row, "seconds": round(time.time() - start, 3)})
+        self.strip.append((step, reward, images[:: args.images_per_prompt]))
+        better = step > 0 and reward > self.best_reward
+        tqdm.write(
+            f"step {step:4d}  ALIGN-I {row['align_i']:.4f}  ALIGN-T {row['align_t']:.4f}  "
+            f"λ-Harmonic {reward:.4f}{'  best so far' if better else '  (the base)' if step == 0 else ''}"
+        )
+        self.stale = 0 if better or step == 0 else self.stale + 1
+        if better:
+            self.best_step, self.best_reward = step, reward
+            tensors, metadata = self.unet.state_dict(), self.metadata(step, reward)
+            cli.write_whole(args.ckpt, lambda path: save_tensors(tensors, path, metadata))
+        self.write_history()
+        if step > 0:
+            self.save_state(step)
+
+    def summary(self) -> str:
+        """Where the result is, and how good it is."""
+        ckpt = self.args.ckpt
+        if self.best_step is None:
+            return "no validation was reached, so nothing was kept"
+        base = next(row["reward"] for row in self.history if row["step"] == 0)
+        text = f"kept step {self.best_step} in {ckpt}: reward {self.best_reward:.4f}, the base's is {base:.4f}"
+        note = "" if self.best_reward > base else "; NOT BETTER than the base: try another --lr or other photos"
+        return f"{text}{note}; history {ckpt.with_suffix('.jsonl')}, film strip {ckpt.with_suffix('.png')}"
+
+    # ------------------------------------------------------------------------------------------ the files
+
+    def metadata(self, step: int, reward: float) -> dict[str, str]:
+        """What sample.py needs to know, for the checkpoint's header."""
+        args, subject = self.args, self.subject
+        values = {"format": "pt", "method": "rpo", "version": VERSION, "base": cli.base_name(args.base)}
+        values |= {"token": subject.token, "noun": subject.noun, "live": subject.live, "step": step, "reward": reward}
+        values |= {"lambda_train": args.lambda_train, "lambda_val": args.lambda_val, "beta": args.beta}
+        values |= {"lr": args.lr, "batch": args.batch, "guidance": args.guidance, "seed": args.seed}
+        return {name: str(value) for name, value in values.items()}
+
+    def write_history(self) -> None:
+        """best.jsonl and best.png, each written beside and renamed."""
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        cli.write_whole(self.args.ckpt.with_suffix(".jsonl"), lambda path: path.write_text(lines, encoding="utf-8"))
+        page = film_strip(self.subject.training_prompts, self.photos, self.strip, self.best_step)
+        cli.write_whole(self.args.ckpt.with_suffix(".png"), lambda path: page.save(path, "PNG"))
+
+    def save_state(self, step: int) -> None:
+        """All that --resume needs to go on after `step` as if nothing had happened."""
+        state = {
+            "run": self.fingerprint(),
+            "step": step,
+            "unet": self.unet.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": (self.best_step, self.best_reward, self.stale),
+            "history": self.history,
+            "strip": [(s, r, torch.from_numpy(np.stack([np.asarray(p) for p in row]))) for s, r, row in self.strip],
+        }
+        cli.write_whole(self.args.ckpt.with_suffix(STATE), lambda path: torch.save(state, path))
+
+    def load_state(self) -> None:
+        """Raises CheckpointError if the state is broken, or of a run with other settings, which it names."""
+        path, ours = self.args.ckpt.with_suffix(STATE), self.fingerprint()
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            theirs = state["run"]
+            changed = [f"{name} {theirs.get(name)} -> {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
+            if not changed:
+                self.unet.load_state_dict(state["unet"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.best_step, self.best_reward, self.stale = state["best"]
+                self.first_step, self.history = state["step"] + 1, state["history"]
+                self.strip = [(s, r, [Image.fromarray(p) for p in row.numpy()]) for s, r, row in state["strip"]]
+        except Exception as error:  # torch raises many kinds for a broken file
+            raise CheckpointError(f"{path} is broken ({type(error).__name__}): drop --resume to start anew") from None
+        if changed:
+            raise CheckpointError(f"{path} is of a run with other settings ({'; '.join(changed)}): give the same ones")
+
+    def fingerprint(self) -> dict[str, str]:
+        """What must be equal for a run to be the same run. More --steps or another --patience are welcome."""
+        free = {"steps", "patience", "resume", "device", "ckpt"}
+        settings = {name: str(value) for name, value in vars(self.args).items() if name not in free}
+        return settings | {"noun": self.subject.noun, "photos": str([photo.name for photo in self.subject.photos])}
+
+
+def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Generator) -> Tensor:
+    """x_0 drawn from the posteriors of the pictures `index`."""
+    mean, std = (part[index.to(part.device)] for part in posterior)
+    return mean + std * torch.randn(mean.shape, generator=draws).to(mean.device)
+
+
+def settle(args: argparse.Namespace, recommended: dict) -> None:
+    """Fill in what the command line left open: the base's recommendation, else the paper's. Say which is which."""
+    for name, paper in PAPER.items():
+        source = "command line"
+        if getattr(args, name) is None:
+            source = "this base's recommendation" if name in recommended else "the paper"
+            setattr(args, name, cli.recommended(recommended, name, paper, f"{args.base / 'rpo.json'}"))
+        print(f"  {name:18} {getattr(args, name):<8g} {source}")
+
+
+def run(args: argparse.Namespace) -> int:
+    device = cli.device(args.device)
+    subject = load_subject(args.subject, args.noun, args.live, args.token)
+    check_layout(args.base)
+    if not (args.base / "reward").is_dir():
+        raise CheckpointError(f"the base model {args.base} lacks the folder reward, which holds ALIGN (see README.md)")
+    if args.resume and not args.ckpt.with_suffix(STATE).is_file():
+        raise ValueError(f"there is nothing to resume: {args.ckpt.with_suffix(STATE)} is missing")
+    if args.ckpt.exists() and not args.resume:
+        print(f"{args.ckpt} exists and will be replaced at the first validation; --ckpt NAME keeps it")
+
+    kind = "a living subject" if subject.live else "a thing"
+    print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r} ({kind})")
+    sd = StableDiffusion.from_pretrained(args.base, device)
+    align = ALIGN.from_pretrained(args.base / "reward").to(device)
+    parameters = sum(p.numel() for p in sd.unet.parameters())
+    print(
+        f"base {cli.base_name(args.base)} on {device}: U-Net of {parameters / 1e6:.1f} M parameters, {sd.image_size} px"
+    )
+    print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
+    settle(args, sd.recommended)
+    for ending in (".safetensors", ".jsonl", ".png", STATE):
+        cli.check_writable(args.ckpt.with_suffix(ending), 16 * parameters)  # in fp32, with AdamW's two averages
+
+    trainer = Trainer(args, subject, sd, align)
+    if args.resume:
+        trainer.load_state()
+        print(f"going on after step {trainer.first_step - 1}")
+    try:
+        trainer.prepare()
+        trainer.train()
+    except KeyboardInterrupt:
+        hint = "; --resume goes on from the last validation" if trainer.best_step is not None else ""
+        print(f"\ninterrupted: {trainer.summary()}{hint}")
+        return 130
+    args.ckpt.with_suffix(STATE).unlink(missing_ok=True)
+    print(trainer.summary())
+    return 0
+
+
+def main() -> int:
+    parser = cli.Parser(description=__doc__)
+    add = parser.add_argument
+    add("--subject", type=Path, required=True, help="a folder with 4 to 6 photos of the subject")
+    add("--noun", help="what it is, such as dog (default: from the folder's name)")
+    add("--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: from the noun)")
+    add("--token", default="[V]", help="the unique token (default: %(default)s)")
+    add("--base", type=Path, default=cli.EMBEDDED_BASE, help="the base model's folder (default: the embedded one)")
+    add("--ckpt", type=Path, default=Path("best.safetensors"), help="the result (default: %(default)s)")
+    add("--steps", type=cli.count, default=400, help="gradient steps (default: %(default)s, the paper's)")
+    add("--batch", type=cli.count, help="pairs a step (the paper: 1)")
+    add("--lr", type=cli.positive, help="learning rate (the paper: 5e-6)")
+    add("--beta", type=cli.positive, default=1.0, help="β of the preference loss (default: %(default)s, the paper's)")
+    add("--lambda-train", type=cli.fraction, default=0.0, help="λ of the labels (default: %(default)s, the paper's)")
+    add("--lambda-val", type=cli.fraction, default=0.3, help="λ of the validation (default: %(default)s, the paper's)")
+    add("--guidance", type=cli.positive, help="classifier-free guidance when drawing (the paper: 7.5)")
+    add("--solver-steps", type=cli.count, help="DPM-Solver++ steps when drawing (default: 20)")
+    add("--images-per-prompt", type=cli.count, help="negatives, and validation images, a prompt (the paper: 4)")
+    add("--validate-every", type=cli.count, default=40, help="gradient steps (default: %(default)s, the paper's)")
+    add("--patience", type=cli.count, help="stop after so many validations without a better reward (default: never)")
+    add("--seed", type=cli.seed, default=0, help="fixes every draw (default: %(default)s)")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    args = parser.parse_args()
+    if args.ckpt.suffix != ".safetensors":
+        parser.error(f"--ckpt {args.ckpt} should end in .safetensors")
+    try:
+        return run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        return cli.fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted before the start")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
