@@ -36,8 +36,8 @@ from rpo import denoising_loss, preference_label, preference_probability, rpo_lo
 from subject import Subject, load_photos, load_subject
 
 VERSION = "0.1.0"
-# The paper's settings (table 4). A base's rpo.json may recommend others; what the command line says wins.
 STATE = ".state.pt"  # the ending of what --resume needs, beside the checkpoint
+# The paper's settings (table 4). A base's rpo.json may recommend others; what the command line says wins.
 PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "solver_steps": 20}
 
 
@@ -76,9 +76,10 @@ class Trainer:
         args, sd = self.args, self.sd
         prompts, negatives = self.draw(args.seed, "drawing negatives")
         r_gen = self.reward(negatives, prompts, args.lambda_train)  # each negative's own, with its own prompt
-        # Photo i with the prompt of negative j: (photos, negatives).
-        r_ref = torch.stack([self.reward([photo] * len(prompts), prompts, args.lambda_train) for photo in self.photos])
-        self.p_ref_wins = preference_probability(r_ref, r_gen)
+        texts, n = self.subject.training_prompts, len(self.photos)
+        r_ref = torch.stack([self.reward(self.photos, [text] * n, args.lambda_train) for text in texts], dim=1)
+        r_ref = r_ref.repeat_interleave(args.images_per_prompt, dim=1)  # photo i with the prompt of negative j
+        self.p_ref_wins = preference_probability(r_ref, r_gen)  # (photos, negatives)
         self.ref_posterior, self.gen_posterior = sd.encode_images(self.photos), sd.encode_images(negatives)
         self.ref_context = sd.encode_prompts([self.subject.instance_prompt])
         self.gen_context = sd.encode_prompts(prompts)
@@ -151,14 +152,13 @@ class Trainer:
             tensors, metadata = self.unet.state_dict(), self.metadata(step, reward)
             cli.write_whole(args.ckpt, lambda path: save_tensors(tensors, path, metadata))
         self.write_history()
-        if step > 0:
-            self.save_state(step)
+        self.save_state(step)
 
     def summary(self) -> str:
         """Where the result is, and how good it is."""
         ckpt = self.args.ckpt
         if self.best_step is None:
-            return "no validation was reached, so nothing was kept"
+            return "nothing was kept yet"
         base = next(row["reward"] for row in self.history if row["step"] == 0)
         text = f"kept step {self.best_step} in {ckpt}: reward {self.best_reward:.4f}, the base's is {base:.4f}"
         note = "" if self.best_reward > base else "; NOT BETTER than the base: try another --lr or other photos"
@@ -247,14 +247,12 @@ def run(args: argparse.Namespace) -> int:
     if args.ckpt.exists() and not args.resume:
         print(f"{args.ckpt} exists and will be replaced at the first validation; --ckpt NAME keeps it")
 
-    kind = "a living subject" if subject.live else "a thing"
+    kind = "living" if subject.live else "thing"
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r} ({kind})")
     sd = StableDiffusion.from_pretrained(args.base, device)
     align = ALIGN.from_pretrained(args.base / "reward").to(device)
     parameters = sum(p.numel() for p in sd.unet.parameters())
-    print(
-        f"base {cli.base_name(args.base)} on {device}: U-Net of {parameters / 1e6:.1f} M parameters, {sd.image_size} px"
-    )
+    print(f"base {cli.base_name(args.base)} on {device}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
     settle(args, sd.recommended)
     for ending in (".safetensors", ".jsonl", ".png", STATE):
@@ -268,8 +266,7 @@ def run(args: argparse.Namespace) -> int:
         trainer.prepare()
         trainer.train()
     except KeyboardInterrupt:
-        hint = "; --resume goes on from the last validation" if trainer.best_step is not None else ""
-        print(f"\ninterrupted: {trainer.summary()}{hint}")
+        print(f"\ninterrupted: {trainer.summary()}; --resume goes on from the last validation")
         return 130
     args.ckpt.with_suffix(STATE).unlink(missing_ok=True)
     print(trainer.summary())

@@ -107,7 +107,8 @@ def clip_config(vocab_size: int, eos_token_id: int) -> dict:
 
 
 def text_encoder_config(clip: dict) -> dict:
-    return {"architectures": ["CLIPTextModel"], **clip["text_config"]}
+    # float32: transformers 5 would otherwise compute in the file's half precision, and the U-Net beside it would not
+    return {"architectures": ["CLIPTextModel"], "torch_dtype": "float32", **clip["text_config"]}
 
 
 def align_config(vocab_size: int) -> dict:
