@@ -148,28 +148,24 @@ class StableDiffusion:
         shape = (self.unet.config.in_channels, size // self.vae.downscale, size // self.vae.downscale)
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(f"latents should be {(len(prompts), *shape)}, not {tuple(latents.shape)}")
-        training, pictures = self.unet.training, []
-        self.unet.eval()
+        pictures = []
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         contexts, empty = self.encode_prompts(list(unique)), self.encode_prompts([""])
-        try:
-            for start in range(0, len(prompts), batch_size):
-                part = slice(start, start + batch_size)
-                generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-                noise = randn(shape, generators, self.device) if latents is None else latents[part].to(self.device)
-                context = contexts[[unique[prompt] for prompt in prompts[part]]]
-                nothing = empty.expand_as(context)
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+            noise = randn(shape, generators, self.device) if latents is None else latents[part].to(self.device)
+            context = contexts[[unique[prompt] for prompt in prompts[part]]]
+            nothing = empty.expand_as(context)
 
-                def denoise(x: Tensor, t: Tensor, context=context, nothing=nothing) -> Tensor:
-                    with self.autocast():
-                        return self.predict(x, t, context, nothing, guidance).float()
+            def denoise(x: Tensor, t: Tensor, context=context, nothing=nothing) -> Tensor:
+                with self.autocast():
+                    return self.predict(x, t, context, nothing, guidance).float()
 
-                x_0 = self.scheduler.sample(denoise, noise, steps, sampler, generators)
-                pictures += self.decode_latents(x_0)
-                if on_batch:
-                    on_batch(len(generators))
-        finally:
-            self.unet.train(training)
+            x_0 = self.scheduler.sample(denoise, noise, steps, sampler, generators)
+            pictures += self.decode_latents(x_0)
+            if on_batch:
+                on_batch(len(generators))
         return pictures
 
 

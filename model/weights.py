@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import types
 import typing
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
 
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers' name, transformers' name
+# diffusers' name, transformers' name, and the form in which align-base and dino-vits16 are published.
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
 
 
 class CheckpointError(ValueError):
@@ -105,7 +107,19 @@ def find_weights(folder: Path) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU. Raises CheckpointError for a broken file."""
+    """Every tensor of a safetensors file, on the CPU, or of a .bin file, whose pickle may hold tensors and no code.
+
+    Raises CheckpointError for a broken file.
+    """
+    if Path(path).suffix == ".bin":
+        with _told(f"{path} is not a whole file of tensors"):
+            try:
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+            except (EOFError, pickle.UnpicklingError) as error:
+                raise CheckpointError(f"{path} is not a whole file of tensors: {error}") from None
+        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise CheckpointError(f"{path} should hold named tensors and nothing else")
+        return tensors
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
 

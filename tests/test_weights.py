@@ -328,3 +328,26 @@ def test_a_reader_keeps_the_file_it_opened(tmp_path):
     before = weights.read_tensors(path)["x"]  # may be mapped from the file, not copied
     weights.save_tensors({"x": torch.zeros(3)}, path)
     assert before.tolist() == [1, 1, 1]
+
+
+def test_a_bin_file_is_read_without_running_code(tmp_path):
+    tensors = {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert weights.find_weights(tmp_path).name == "pytorch_model.bin"
+    read = weights.read_tensors(tmp_path / "pytorch_model.bin")
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"weight": Trap()}, tmp_path / "trap.bin")
+    torch.save([1, 2], tmp_path / "list.bin")
+    (tmp_path / "short.bin").write_bytes((tmp_path / "pytorch_model.bin").read_bytes()[:200])
+    (tmp_path / "empty.bin").touch()
+    for name in ("trap", "list", "short", "empty", "absent"):
+        with pytest.raises(weights.CheckpointError) as caught:
+            weights.read_tensors(tmp_path / f"{name}.bin")
+        assert f"{name}.bin" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()

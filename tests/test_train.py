@@ -1,0 +1,652 @@
+"""train.py on a tiny random base: what it writes, that it repeats itself, resumes, stops, and refuses bad input."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import WEIGHTS, call, error_line, files_in, write_base, write_photos
+
+import train
+from model.align import ALIGN
+from model.stable_diffusion import StableDiffusion
+from model.tokenizer import BertTokenizer
+from model.weights import read_metadata
+from pictures import film_strip
+
+RESULT = ["best.jsonl", "best.png", "best.safetensors"]
+STATE = "best.state.pt"
+QUICK = ("--steps", 4, "--validate-every", 2, "--solver-steps", 1, "--images-per-prompt", 2, "--lr", 1e-3)
+NEGATIVES = 16  # 8 prompts, 2 each
+
+
+class Watched(train.Trainer):
+    """A Trainer that remembers itself and the weights it had at each validation."""
+
+    last = None
+
+    def __init__(self, args, subject, sd, align):
+        Watched.last, self.align = self, align
+        self.frozen = [sd.unet, sd.vae, sd.text_encoder, align]  # here the U-Net is θ₀
+        self.before = [copied(network) for network in self.frozen]
+        self.seen = {}
+        super().__init__(args, subject, sd, align)
+
+    def validate(self, step):
+        self.seen[step] = copied(self.unet)
+        super().validate(step)
+
+
+def copied(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def history(folder, name="best.jsonl"):
+    lines = (folder / name).read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def validations(rows):
+    return [row for row in rows if "reward" in row]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_base(folder / "base")
+    write_photos(folder / "dog")
+    return folder
+
+
+@pytest.fixture
+def base(world, tmp_path_factory):
+    """A copy of the base, to be spoilt."""
+    return Path(shutil.copytree(world / "base", tmp_path_factory.mktemp("copy") / "base"))
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    """Call train.py in an empty folder; the last of two equal options counts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "Trainer", Watched)
+
+    def go(*arguments):
+        return call(train, monkeypatch, "--subject", world / "dog", "--base", world / "base", *QUICK, *arguments)
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def done(world, tmp_path_factory):
+    """An uninterrupted run: its folder and its Trainer. What it asked of ALIGN and of generate is noted in it."""
+    folder = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train, "Trainer", Watched)
+        texts, embedded, draws, encoded = [], [], [], []
+        spy(patch, BertTokenizer, "__call__", lambda self, batch: texts.extend(batch))
+        spy(patch, ALIGN, "image_features", lambda self, pixels: embedded.append(len(pixels)))
+        spy(patch, StableDiffusion, "encode_images", lambda self, images: encoded.append(images))
+        generate = StableDiffusion.generate
+
+        def noted(self, prompts, seeds, **options):
+            draws.append((prompts, seeds, len(embedded), generate(self, prompts, seeds, **options)))
+            return draws[-1][-1]
+
+        patch.setattr(StableDiffusion, "generate", noted)
+        loads = []
+        original = ALIGN.from_pretrained.__func__
+        patch.setattr(ALIGN, "from_pretrained", classmethod(lambda cls, at: loads.append(at) or original(cls, at)))
+        arguments = ("--subject", world / "dog", "--base", world / "base", *QUICK)
+        assert call(train, patch, *arguments) == 0
+        trainer = Watched.last
+    trainer.texts, trainer.embedded, trainer.draws, trainer.loads = texts, embedded, draws, loads
+    trainer.encoded = encoded
+    return folder, trainer
+
+
+def spy(patch, cls, name, note):
+    original = getattr(cls, name)
+    patch.setattr(cls, name, lambda self, *args, **options: (note(self, *args), original(self, *args, **options))[1])
+
+
+# ---------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_leaves_three_files_and_nothing_else(done):
+    assert files_in(done[0]) == RESULT
+
+
+def test_checkpoint_loads_strictly_and_is_the_best_validation(done, world):
+    folder, trainer = done
+    sd = StableDiffusion.from_pretrained(world / "base")
+    sd.load_unet(folder / "best.safetensors")  # raises if a key is missing, extra or misshapen
+    scored = {row["step"]: row["reward"] for row in validations(history(folder)) if row["step"] > 0}
+    best = max(scored, key=scored.get)
+    assert trainer.best_step == best and list(scored) == [2, 4]
+    assert same(load_file(folder / "best.safetensors"), trainer.seen[best])
+    assert not same(trainer.seen[0], trainer.seen[best])
+    assert same(sd.unet.state_dict(), trainer.seen[best])
+
+
+def test_header_says_where_it_comes_from(done, world):
+    folder, trainer = done
+    header = read_metadata(folder / "best.safetensors")
+    expected = {"base": str(world / "base"), "token": "[V]", "noun": "dog", "seed": "0", "version": train.VERSION}
+    expected |= {"step": str(trainer.best_step), "reward": str(trainer.best_reward)}
+    expected |= {"lambda_train": "0.0", "lambda_val": "0.3", "beta": "1.0", "lr": "0.001", "guidance": "7.5"}
+    assert {name: header.get(name) for name in expected} == expected
+
+
+def test_history_has_a_line_a_step_and_a_validation(done):
+    lines = [json.loads(line) for line in (done[0] / "best.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["step"], "reward" in row) for row in lines] == [
+        (0, True),
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (4, False),
+        (4, True),
+    ]
+    of_step = {"step", "similarity", "preference", "accuracy", "margin", "p", "gradient_norm", "seconds"}
+    of_validation = {"step", "align_i", "align_t", "reward", "seconds"}
+    for row in lines:
+        assert set(row) == (of_validation if "reward" in row else of_step)
+        assert all(math.isfinite(value) for value in row.values())
+    for row in validations(lines):  # of averages the two differ, but not by much
+        mean = 1 / (0.3 / row["align_i"] + 0.7 / row["align_t"])
+        assert row["reward"] == pytest.approx(mean, abs=0.01)
+
+
+def test_film_strip_has_a_row_a_validation(done):
+    folder, trainer = done
+    assert [(step, len(row)) for step, _, row in trainer.strip] == [(0, 8), (2, 8), (4, 8)]
+    arguments = (trainer.subject.training_prompts, trainer.photos)
+    page = film_strip(*arguments, trainer.strip, trainer.best_step)
+    assert Image.open(folder / "best.png").tobytes() == page.tobytes()
+    assert page.height - film_strip(*arguments, trainer.strip[:2], 2).height >= 16
+    assert page.tobytes() != film_strip(*arguments, trainer.strip, None).tobytes()  # the kept row is marked
+
+
+def test_ckpt_moves_everything(run, tmp_path):
+    assert run("--ckpt", "new/deep/max.1.safetensors", "--steps", 1) == 0
+    names = ["max.1.jsonl", "max.1.png", "max.1.safetensors"]
+    assert files_in(tmp_path) == ["new", "new/deep", *(f"new/deep/{name}" for name in names)]
+
+
+def test_leaves_what_is_the_users_alone(run, world, tmp_path):
+    subject = Path(shutil.copytree(world / "dog", tmp_path / "mine" / "dog"))
+    for name in ("mine/dog/notes.txt", "mine/dog/generated/0.jpg", "outputs/a.png", "generated/b.png", "best.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run("--subject", subject, "--steps", 1) == 0
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file() and path not in before} == set(RESULT)
+
+
+# ---------------------------------------------------------------------------------------------- the method
+
+
+def test_only_the_unet_learns(done):
+    _, trainer = done
+    for network, before in zip(trainer.frozen, trainer.before, strict=True):
+        assert same(network.state_dict(), before)
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert trainer.base_unet is trainer.frozen[0] and trainer.unet is not trainer.base_unet
+    assert all(parameter.requires_grad for parameter in trainer.unet.parameters())
+    moved = [not torch.equal(tensor, trainer.seen[0][name]) for name, tensor in trainer.seen[4].items()]
+    assert all(moved)
+    assert same(trainer.seen[0], trainer.before[0])
+
+
+def test_first_step_has_margin_zero(done):
+    """θ = θ₀, so Δ is 0, the preference term is log 2 and no sign agrees with a label."""
+    first = history(done[0])[1]
+    assert first["margin"] == 0 and first["accuracy"] == 0
+    assert first["preference"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history(done[0])[2]["margin"] != 0
+
+
+def test_every_validation_has_the_same_seeds_and_the_negatives_have_others(done):
+    negatives, *scored = done[1].draws
+    assert len(scored) == 3 and len(set(negatives[1])) == NEGATIVES
+    assert all(prompts == negatives[0] and seeds == scored[0][1] for prompts, seeds, *_ in scored)
+    assert set(negatives[1]).isdisjoint(scored[0][1])
+
+
+def test_no_text_that_is_scored_has_the_token(done):
+    texts = done[1].texts
+    assert len(texts) == 8 and "a green dog" in texts
+    assert not any("[" in text or "V]" in text for text in texts)
+    assert all("[V]" in prompt for prompt in done[1].draws[0][0])  # but all that are drawn
+
+
+def test_align_is_loaded_once_and_sees_no_photo_after_the_preparation(done, world):
+    _, trainer = done
+    assert trainer.loads == [world / "base" / "reward"]
+    start = trainer.draws[1][2]  # how often ALIGN had looked when the first validation began to draw
+    assert sum(trainer.embedded[start:]) == 3 * NEGATIVES
+
+
+def test_negatives_are_encoded_as_they_were_drawn(done):
+    """The release saves them as JPEG first."""
+    _, trainer = done
+    assert trainer.encoded[0] is trainer.photos
+    assert trainer.encoded[1] is trainer.draws[0][-1]
+
+
+def test_each_negative_has_its_own_reward_with_its_own_prompt(run, monkeypatch):
+    """The release uses the reward of the prompt's first negative for all of them."""
+    seen, drawn = [], []
+    original = train.preference_probability
+    monkeypatch.setattr(train, "preference_probability", lambda *r: seen.append(r) or original(*r))
+    draw = Watched.draw
+    monkeypatch.setattr(Watched, "draw", lambda self, *args: drawn.append(draw(self, *args)) or drawn[-1])
+    assert run("--steps", 1, "--lambda-train", 0.5) == 0
+    (r_ref, r_gen), (prompts, negatives), trainer = seen[0], drawn[0], Watched.last
+    assert len(seen) == 1 and r_ref.shape == (3, NEGATIVES) and r_gen.shape == (NEGATIVES,)
+    assert len(set(r_gen.tolist())) == NEGATIVES
+    for j, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
+        assert r_gen[j].item() == pytest.approx(trainer.reward([negative], [prompt], 0.5).item(), abs=1e-5)
+        for i, photo in enumerate(trainer.photos):
+            assert r_ref[i, j].item() == pytest.approx(trainer.reward([photo], [prompt], 0.5).item(), abs=1e-5)
+    assert torch.equal(trainer.p_ref_wins, torch.sigmoid(r_ref - r_gen))
+
+
+def test_a_pair_is_of_one_photo_one_negative_its_prompt_and_its_label(done, monkeypatch):
+    """With every photo and negative marked by a number, what the step puts together must bear the same marks."""
+    _, trainer = done
+    monkeypatch.setattr(trainer.args, "batch", 5)
+    means, stds = trainer.ref_posterior
+    monkeypatch.setattr(trainer, "ref_posterior", (marks(3, means), torch.zeros_like(stds)))
+    means, stds = trainer.gen_posterior
+    monkeypatch.setattr(trainer, "gen_posterior", (100 + marks(NEGATIVES, means), torch.zeros_like(stds)))
+    monkeypatch.setattr(trainer, "gen_context", 100 + marks(NEGATIVES, trainer.gen_context))
+    monkeypatch.setattr(trainer, "ref_context", torch.full_like(trainer.ref_context, -1))
+    monkeypatch.setattr(trainer, "p_ref_wins", torch.arange(3)[:, None] / 4 + torch.arange(NEGATIVES) / 100)
+    noted = {}
+    label, add_noise = train.preference_label, trainer.sd.scheduler.add_noise
+    monkeypatch.setattr(train, "preference_label", lambda p, draws: noted.update(p=p) or label(p, draws))
+
+    def note_noise(x_0, eps, t):
+        noted.update(x_0=x_0, eps=eps, t=t)
+        return add_noise(x_0, eps, t)
+
+    class Stop(Exception):
+        pass
+
+    def note_context(x_t, t, context):
+        noted.update(context=context)
+        raise Stop
+
+    monkeypatch.setattr(trainer.sd.scheduler, "add_noise", note_noise)
+    monkeypatch.setattr(trainer.unet, "forward", note_context)
+    with pytest.raises(Stop):
+        trainer.step(1)
+    photo, negative = noted["x_0"][:, 0, 0, 0].chunk(2)
+    assert torch.allclose(noted["p"], photo / 4 + (negative - 100) / 100)
+    assert torch.equal(noted["context"][:, 0, 0], torch.cat([torch.full((5,), -1.0), negative]))
+    assert len(set(negative.tolist())) > 1 and len(set(photo.tolist())) > 1
+    for shared in ("eps", "t"):  # within a pair; each pair has its own
+        ref, gen = noted[shared].chunk(2)
+        assert torch.equal(ref, gen) and len(ref.unique(dim=0)) == 5
+
+
+def marks(count, like):
+    return torch.arange(float(count)).reshape(-1, *[1] * (like.ndim - 1)).expand_as(like).clone()
+
+
+def test_every_negative_and_photo_is_used(done, monkeypatch):
+    """The release uses about 5 of its 128."""
+    _, trainer = done
+    used = []
+
+    class Stop(Exception):
+        pass
+
+    def note(posterior, index, draws):
+        used.append(index.item())
+        if len(used) % 2 == 0:  # the photo, then the negative
+            raise Stop
+        return torch.zeros(1)
+
+    monkeypatch.setattr(train, "latents", note)
+    for step in range(1, 401):
+        with pytest.raises(Stop):
+            trainer.step(step)
+    photos, negatives = Counter(used[::2]), Counter(used[1::2])
+    assert len(photos) == 3 and min(photos.values()) > 90
+    assert len(negatives) == NEGATIVES and min(negatives.values()) > 10
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--beta", 5),
+        ("--lr", 1e-4),
+        ("--batch", 2),
+        ("--guidance", 2),
+        ("--images-per-prompt", 1),
+        ("--solver-steps", 2),
+        ("--seed", 1),
+        ("--token", "qzx"),
+        ("--noun", "can"),
+        ("--no-live",),
+    ],
+    ids=lambda option: option[0],
+)
+def test_every_setting_matters(run, tmp_path, done, option):
+    """One step with it and the uninterrupted run's first step without it end at other weights."""
+    assert run("--steps", 1, *option) == 0
+    if option == ("--beta", 5):  # the uninterrupted run kept no checkpoint of step 1
+        assert run("--steps", 1, "--ckpt", "plain.safetensors") == 0
+        test_every_setting_matters.plain = load_file(tmp_path / "plain.safetensors")
+        assert history(tmp_path, "plain.jsonl")[:2] == history(done[0])[:2]
+    assert not same(load_file(tmp_path / "best.safetensors"), test_every_setting_matters.plain)
+
+
+def test_lambda_train_decides_the_labels(run, tmp_path, monkeypatch):
+    """Made sharp, so that the few labels of a short run do differ."""
+    monkeypatch.setattr(train, "preference_probability", lambda r, s: torch.sigmoid((r - s) * 1e4))
+    wins, weights = [], []
+    for lam in (0, 1):
+        assert run("--lambda-train", lam, "--validate-every", 4) == 0
+        wins.append(Watched.last.p_ref_wins)
+        weights.append(load_file(tmp_path / "best.safetensors"))
+    trainer = Watched.last
+    align_i = trainer.reward.alignments(trainer.photos, ["a dog"] * 3)[0]
+    assert torch.equal(wins[1][0] > wins[1][1], (align_i[0] > align_i[1]).expand(NEGATIVES) & (wins[1][0] != wins[1][1]))
+    assert not torch.equal(wins[0], wins[1])
+    assert not same(*weights)
+
+
+def test_lambda_val_decides_what_is_kept(run, tmp_path, done):
+    assert run("--lambda-val", 1) == 0
+    rows, plain = validations(history(tmp_path)), validations(history(done[0]))
+    assert [row["reward"] for row in rows] == pytest.approx([row["align_i"] for row in rows])
+    assert [row["align_i"] for row in rows] == [row["align_i"] for row in plain]  # the steps are the same
+    assert rows[0]["reward"] != plain[0]["reward"]
+
+
+def test_v_prediction_base(run, tmp_path):
+    base = write_base(tmp_path / "v", "v_prediction")
+    targets = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = train.denoising_loss
+        patch.setattr(train, "denoising_loss", lambda p, target: targets.append(target) or original(p, target))
+        inputs = []
+        add_noise = train.StableDiffusion.from_pretrained(base).scheduler.__class__.add_noise
+        scheduler = train.StableDiffusion.from_pretrained(base).scheduler
+        patch.setattr(type(scheduler), "add_noise", lambda *args: inputs.append(args[1:]) or add_noise(*args))
+        assert run("--base", base, "--steps", 2) == 0
+    for (x_0, eps, t), target in zip(inputs, targets[::2], strict=True):
+        assert torch.allclose(target, scheduler.velocity(x_0, eps, t)) and not torch.allclose(target, eps, atol=0.1)
+    assert history(tmp_path)[1]["margin"] == 0
+
+
+# ---------------------------------------------------------------------------------------------- again, and on
+
+
+def test_same_command_same_result_other_seed_another(run, done, tmp_path):
+    assert run("--seed", 0) == 0  # 0 is a seed, and the default
+    for name in ("best.safetensors", "best.png"):
+        assert (tmp_path / name).read_bytes() == (done[0] / name).read_bytes()
+    assert history(tmp_path) == history(done[0])
+    assert run("--seed", 1) == 0
+    assert not same(load_file(tmp_path / "best.safetensors"), load_file(done[0] / "best.safetensors"))
+    assert history(tmp_path)[0] != history(done[0])[0]
+
+
+def interrupt_at(patch, step, error=KeyboardInterrupt):
+    original = Watched.step
+
+    def stop(self, now):
+        if now == step:
+            raise error
+        return original(self, now)
+
+    patch.setattr(Watched, "step", stop)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_interrupted_and_resumed_is_as_if_nothing_had_happened(run, done, tmp_path, capsys, at):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, at)
+        assert run() == 130
+    out = capsys.readouterr().out
+    kept = at > 2
+    assert files_in(tmp_path) == sorted([*(RESULT if kept else RESULT[:2]), STATE])
+    assert ("interrupted: kept step 2" if kept else "interrupted: nothing was kept") in out and "--resume" in out
+    if kept:
+        assert same(load_file(tmp_path / "best.safetensors"), done[1].seen[2])
+    assert run("--resume") == 0
+    assert f"going on after step {2 if kept else 0}" in capsys.readouterr().out
+    assert files_in(tmp_path) == RESULT
+    assert history(tmp_path) == history(done[0])
+    assert same(Watched.last.unet.state_dict(), done[1].unet.state_dict())
+    for name in ("best.safetensors", "best.png"):
+        assert (tmp_path / name).read_bytes() == (done[0] / name).read_bytes()
+
+
+@pytest.fixture
+def interrupted(run, tmp_path):
+    """A folder whose run was interrupted at step 3."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert run() == 130
+    return tmp_path
+
+
+def test_resume_may_go_further(run, interrupted):
+    assert run("--resume", "--steps", 5, "--patience", 9) == 0
+    assert [row["step"] for row in validations(history(interrupted))] == [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [("--lr", 1e-4), ("--seed", 1), ("--beta", 2), ("--noun", "cat"), ("--validate-every", 3), ("--lambda-val", 0.5)],
+    ids=lambda changed: changed[0],
+)
+def test_resume_with_other_settings_is_refused(run, interrupted, capsys, changed):
+    before = {path: path.read_bytes() for path in interrupted.iterdir()}
+    capsys.readouterr()
+    assert run("--resume", *changed) == 2
+    assert changed[0].strip("-").replace("-", "_") in error_line(capsys)
+    assert {path: path.read_bytes() for path in interrupted.iterdir()} == before
+
+
+@pytest.mark.parametrize("spoil", ["empty", "cut", "text", "other", "lacking", "misshapen"])
+def test_broken_state_is_refused(run, interrupted, capsys, spoil):
+    path = interrupted / STATE
+    state, data = torch.load(path), path.read_bytes()
+    if spoil in ("empty", "cut", "text"):
+        path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "text": b"not a state"}[spoil])
+    else:
+        lacking = {name: value for name, value in state.items() if name != "history"}
+        misshapen = state | {"unet": {name: tensor[:1] for name, tensor in state["unet"].items()}}
+        torch.save({"other": [1, 2, 3], "lacking": lacking, "misshapen": misshapen}[spoil], path)
+    capsys.readouterr()
+    assert run("--resume") == 2
+    assert STATE in error_line(capsys)
+
+
+def test_nothing_to_resume(run, tmp_path, capsys):
+    assert run("--resume") == 2
+    assert "nothing to resume" in error_line(capsys)
+    assert files_in(tmp_path) == []
+
+
+def test_interrupted_while_loading(run, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.ALIGN, "from_pretrained", interrupt)
+    assert run() == 130
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "best.jsonl", "best.png", STATE])
+def test_failed_write_leaves_the_old_file_and_says_so(run, tmp_path, capsys, monkeypatch, name):
+    """The disk fills up when the second run has written the file and is about to rename it."""
+    for old in (*RESULT, STATE):
+        (tmp_path / old).write_text("old", encoding="utf-8")
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert run() == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in last and name in last and "No space left" in last
+    assert (tmp_path / name).read_text(encoding="utf-8") == "old"
+    assert files_in(tmp_path) == sorted([*RESULT, STATE])
+
+
+def test_killed_while_writing_the_state_resumes_from_the_one_before(run, done, tmp_path, monkeypatch):
+    save, saved = torch.save, []
+
+    def half(state, path):
+        saved.append(state["step"])
+        if state["step"] == 4:
+            Path(path).write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(state, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        assert run() == 130
+    assert saved == [0, 2, 4] and torch.load(tmp_path / STATE)["step"] == 2
+    assert files_in(tmp_path) == sorted([*RESULT, STATE])
+    assert run("--resume") == 0
+    assert history(tmp_path) == history(done[0])
+    assert (tmp_path / "best.safetensors").read_bytes() == (done[0] / "best.safetensors").read_bytes()
+
+
+def test_library_errors_while_writing_are_one_line(run, tmp_path, capsys, monkeypatch):
+    def full(state, path):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run() == 2
+    assert "file write failed" in capsys.readouterr().err.splitlines()[-1]
+    assert STATE not in files_in(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- when it stops
+
+
+@pytest.fixture
+def rewards(monkeypatch):
+    """Make the validations score what one likes; their first is the base's."""
+
+    def script(*values):
+        left = list(values)
+        monkeypatch.setattr(train, "lambda_harmonic", lambda *args: torch.tensor([left.pop(0)]))
+
+    return script
+
+
+def test_patience_stops_early_and_keeps_the_best(run, tmp_path, capsys, rewards):
+    rewards(0.2, 0.3, 0.4, 0.35, 0.4, 0.9)  # equal is not better
+    assert run("--steps", 9, "--validate-every", 1, "--patience", 2) == 0
+    assert [row["step"] for row in validations(history(tmp_path))] == [0, 1, 2, 3, 4]
+    assert read_metadata(tmp_path / "best.safetensors")["step"] == "2"
+    assert same(load_file(tmp_path / "best.safetensors"), Watched.last.seen[2])
+    out = capsys.readouterr().out
+    assert "stopped: 2 validations" in out and "kept step 2" in out and "NOT BETTER" not in out
+    assert files_in(tmp_path) == RESULT
+
+
+def test_without_patience_it_goes_to_the_end(run, tmp_path, capsys, rewards):
+    rewards(0.9, 0.3, 0.2, 0.1)
+    assert run("--steps", 5, "--validate-every", 2) == 0
+    assert [row["step"] for row in validations(history(tmp_path))] == [0, 2, 4, 5]
+    assert read_metadata(tmp_path / "best.safetensors")["step"] == "2"  # the base is no result, even if it was better
+    assert "NOT BETTER" in capsys.readouterr().out
+
+
+def test_patience_counts_across_an_interruption(run, tmp_path, rewards):
+    rewards(0.2, 0.5, 0.4, 0.3, 0.9)
+    options = ("--steps", 9, "--validate-every", 1, "--patience", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert run(*options) == 130
+    assert run(*options, "--resume") == 0
+    assert [row["step"] for row in validations(history(tmp_path))] == [0, 1, 2, 3]
+
+
+def test_loss_that_is_no_number_ends_the_run(run, tmp_path, capsys):
+    assert run("--lr", 1e30, "--validate-every", 1) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "the loss is" in last and "--lr" in last
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@pytest.fixture
+def settings(run, monkeypatch, capsys, world):
+    """Call train.py up to where the settings are known: they, and what was printed."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(args, *rest):
+        stop.args = args
+        raise Stop
+
+    def go(base, *arguments):
+        monkeypatch.setattr(train, "Trainer", stop)
+        with pytest.raises(Stop):
+            call(train, monkeypatch, "--subject", world / "dog", "--base", base, *arguments)
+        return stop.args, capsys.readouterr().out
+
+    return go
+
+
+def test_defaults_are_the_papers(settings, world):
+    args, out = settings(world / "base")
+    expected = {"lr": 5e-6, "batch": 1, "beta": 1, "lambda_train": 0, "lambda_val": 0.3, "guidance": 7.5, "steps": 400}
+    expected |= {"images_per_prompt": 4, "validate_every": 40, "solver_steps": 20, "seed": 0, "patience": None}
+    expected |= {"token": "[V]", "ckpt": Path("best.safetensors")}
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert out.count("the paper") == 5
+
+
+def test_a_base_recommends_and_the_command_line_wins(settings, base):
+    (base / "rpo.json").write_text('{"lr": 1e-4, "batch": 2, "guidance": 3}', encoding="utf-8")
+    args, out = settings(base, "--batch", 3)
+    assert (args.lr, args.batch, args.guidance, args.solver_steps) == (1e-4, 3, 3, 20)
+    sources = {line.split()[0]: " ".join(line.split()[2:]) for line in out.splitlines() if line.startswith("  ")}
+    assert sources["lr"] == sources["guidance"] == "this base's recommendation"
+    assert sources["batch"] == "command line" and sources["solver_steps"] == "the paper"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"lr": "fast"}', '{"lr": -1}', '{"lr": true}', '{"batch": 1.5}', '{"guidance": null}', '{"lr": NaN}', "[1]", "{"],
+)
+def test_garbage_in_rpo_json(run, base, tmp_path, capsys, text):
+    (base / "rpo.json").write_text(text, encoding="utf-8")
+    arguments = {"lr": "--lr", "batch": "--batch"}  # noqa: F841
+    assert call_without_quick(run, base) == 2
+    assert "rpo.json" in error_line(capsys)
+    assert files_in(tmp_path) == []
