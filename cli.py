@@ -68,7 +68,7 @@ def device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 

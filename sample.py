@@ -76,7 +76,7 @@ def run(args) -> int:
             print(f"warning: a prompt fills its {sd.tokenizer.length} tokens; not read: {rest!r}", file=sys.stderr)
 
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
-    with tqdm(total=len(jobs), desc="drawing", unit="image") as bar:
+    with tqdm(total=len(jobs), desc="drawing", unit="image", delay=0.1) as bar:
         options = {"steps": steps, "guidance": guidance, "sampler": args.scheduler, "size": args.size}
         texts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
         pictures = sd.generate(texts, seeds, **options, batch_size=args.batch, on_batch=bar.update)

@@ -67,18 +67,17 @@ class Trainer:
         """`images_per_prompt` pictures of each training prompt, and their prompts."""
         prompts = [p for p in self.subject.training_prompts for _ in range(self.args.images_per_prompt)]
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
-        with tqdm(total=len(prompts), desc=text, unit="image", leave=False) as bar:
-            options = {"steps": self.args.solver_steps, "guidance": self.args.guidance, "on_batch": bar.update}
-            return prompts, self.sd.generate(prompts, seeds, **options)
+        steps, guidance = self.args.solver_steps, self.args.guidance
+        with tqdm(total=len(prompts), desc=text, unit="image", leave=False, delay=0.1) as bar:
+            return prompts, self.sd.generate(prompts, seeds, steps, guidance, on_batch=bar.update)
 
     def prepare(self) -> None:
         """Everything that stays as it is while θ learns: negatives, rewards, posteriors, contexts."""
         args, sd = self.args, self.sd
         prompts, negatives = self.draw(args.seed, "drawing negatives")
         r_gen = self.reward(negatives, prompts, args.lambda_train)  # each negative's own, with its own prompt
-        texts, n = self.subject.training_prompts, len(self.photos)
-        r_ref = torch.stack([self.reward(self.photos, [text] * n, args.lambda_train) for text in texts], dim=1)
-        r_ref = r_ref.repeat_interleave(args.images_per_prompt, dim=1)  # photo i with the prompt of negative j
+        r = {p: self.reward(self.photos, [p] * len(self.photos), args.lambda_train) for p in dict.fromkeys(prompts)}
+        r_ref = torch.stack([r[p] for p in prompts], dim=1)  # photo i with the prompt of negative j
         self.p_ref_wins = preference_probability(r_ref, r_gen)  # (photos, negatives)
         self.ref_posterior, self.gen_posterior = sd.encode_images(self.photos), sd.encode_images(negatives)
         self.ref_context = sd.encode_prompts([self.subject.instance_prompt])
@@ -149,20 +148,19 @@ class Trainer:
         self.stale = 0 if better or step == 0 else self.stale + 1
         if better:
             self.best_step, self.best_reward = step, reward
-            tensors, metadata = self.unet.state_dict(), self.metadata(step, reward)
-            cli.write_whole(args.ckpt, lambda path: save_tensors(tensors, path, metadata))
+            weights, header = self.unet.state_dict(), self.metadata(step, reward)
+            cli.write_whole(args.ckpt, lambda path: save_tensors(weights, path, header))
         self.write_history()
         self.save_state(step)
 
     def summary(self) -> str:
         """Where the result is, and how good it is."""
-        ckpt = self.args.ckpt
         if self.best_step is None:
             return "nothing was kept yet"
         base = next(row["reward"] for row in self.history if row["step"] == 0)
-        text = f"kept step {self.best_step} in {ckpt}: reward {self.best_reward:.4f}, the base's is {base:.4f}"
-        note = "" if self.best_reward > base else "; NOT BETTER than the base: try another --lr or other photos"
-        return f"{text}{note}; history {ckpt.with_suffix('.jsonl')}, film strip {ckpt.with_suffix('.png')}"
+        note = "" if self.best_reward > base else ", NOT BETTER than the base: try another --lr or other photos"
+        text = f"kept step {self.best_step} in {self.args.ckpt} (history .jsonl, film strip .png beside it)"
+        return f"{text}: reward {self.best_reward:.4f}, the base's is {base:.4f}{note}"
 
     # ------------------------------------------------------------------------------------------ the files
 
@@ -247,8 +245,8 @@ def run(args: argparse.Namespace) -> int:
     if args.ckpt.exists() and not args.resume:
         print(f"{args.ckpt} exists and will be replaced at the first validation; --ckpt NAME keeps it")
 
-    kind = "living" if subject.live else "thing"
-    print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r} ({kind})")
+    prompts = f"prompts of {'living subjects' if subject.live else 'things'}"
+    print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
     sd = StableDiffusion.from_pretrained(args.base, device)
     align = ALIGN.from_pretrained(args.base / "reward").to(device)
     parameters = sum(p.numel() for p in sd.unet.parameters())

@@ -195,7 +195,10 @@ def load(
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file beside `path` and rename it, so that a kill at any moment leaves the old file whole."""
+    """Write a safetensors file beside `path` and rename it, so that a kill at any moment leaves the old file whole.
+
+    The same tensors and metadata give the same bytes.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -203,9 +206,24 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         mode = beside.stat().st_mode  # as any new file's; safetensors would shut out everybody but the owner
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
         beside.chmod(mode)
+        _sort_metadata(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order, which safetensors leaves to chance: the same tensors give the same bytes."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) != length:
+            raise RuntimeError(f"{path}: the header's length changed in sorting")
+        file.seek(8)
+        file.write(text)
 
 
 def _some(names: list[str], most: int = 3) -> str:

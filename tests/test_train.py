@@ -59,6 +59,13 @@ def history(folder, name="best.jsonl"):
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
+def same_files(one, other):
+    """Are two results equal, but for the times in the history?"""
+    assert (one / "best.safetensors").read_bytes() == (other / "best.safetensors").read_bytes()
+    assert history(one) == history(other)
+    return (one / "best.png").read_bytes() == (other / "best.png").read_bytes()
+
+
 def validations(rows):
     return [row for row in rows if "reward" in row]
 
@@ -102,8 +109,9 @@ def done(world, tmp_path_factory):
         spy(patch, StableDiffusion, "encode_images", lambda self, images: encoded.append(images))
         generate = StableDiffusion.generate
 
-        def noted(self, prompts, seeds, **options):
-            draws.append((prompts, seeds, len(embedded), generate(self, prompts, seeds, **options)))
+        def noted(self, prompts, seeds, *settings, **options):
+            drawer = "θ" if self.unet is Watched.last.unet else "θ₀"
+            draws.append((drawer, prompts, seeds, len(embedded), generate(self, prompts, seeds, *settings, **options)))
             return draws[-1][-1]
 
         patch.setattr(StableDiffusion, "generate", noted)
@@ -223,23 +231,24 @@ def test_first_step_has_margin_zero(done):
 
 
 def test_every_validation_has_the_same_seeds_and_the_negatives_have_others(done):
-    negatives, *scored = done[1].draws
-    assert len(scored) == 3 and len(set(negatives[1])) == NEGATIVES
-    assert all(prompts == negatives[0] and seeds == scored[0][1] for prompts, seeds, *_ in scored)
-    assert set(negatives[1]).isdisjoint(scored[0][1])
+    (drawer, prompts, seeds, *_), *scored = done[1].draws
+    assert drawer == "θ₀" and len(set(seeds)) == len(prompts) == NEGATIVES
+    assert [scored[0][:3]] * 3 == [draw[:3] for draw in scored]
+    assert scored[0][:2] == ("θ", prompts) and set(scored[0][2]).isdisjoint(seeds)
+    assert len({row["reward"] for row in validations(history(done[0]))}) == 3
 
 
 def test_no_text_that_is_scored_has_the_token(done):
     texts = done[1].texts
     assert len(texts) == 8 and "a green dog" in texts
     assert not any("[" in text or "V]" in text for text in texts)
-    assert all("[V]" in prompt for prompt in done[1].draws[0][0])  # but all that are drawn
+    assert all("[V]" in prompt for prompt in done[1].draws[0][1])  # but all that are drawn
 
 
 def test_align_is_loaded_once_and_sees_no_photo_after_the_preparation(done, world):
     _, trainer = done
     assert trainer.loads == [world / "base" / "reward"]
-    start = trainer.draws[1][2]  # how often ALIGN had looked when the first validation began to draw
+    start = trainer.draws[1][3]  # how often ALIGN had looked when the first validation began to draw
     assert sum(trainer.embedded[start:]) == 3 * NEGATIVES
 
 
@@ -334,30 +343,27 @@ def test_every_negative_and_photo_is_used(done, monkeypatch):
     assert len(negatives) == NEGATIVES and min(negatives.values()) > 10
 
 
+@pytest.fixture(scope="module")
+def first_step(world, tmp_path_factory):
+    """The weights after one step."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert call(train, patch, "--subject", world / "dog", "--base", world / "base", *QUICK, "--steps", 1) == 0
+    return load_file(folder / "best.safetensors")
+
+
 @pytest.mark.parametrize(
     "option",
     [
-        ("--beta", 5),
-        ("--lr", 1e-4),
-        ("--batch", 2),
-        ("--guidance", 2),
-        ("--images-per-prompt", 1),
-        ("--solver-steps", 2),
-        ("--seed", 1),
-        ("--token", "qzx"),
-        ("--noun", "can"),
-        ("--no-live",),
+        *[("--beta", 5), ("--lr", 1e-4), ("--batch", 2), ("--guidance", 2), ("--images-per-prompt", 1)],
+        *[("--solver-steps", 2), ("--seed", 1), ("--token", "qzx"), ("--noun", "can"), ("--no-live",)],
     ],
     ids=lambda option: option[0],
 )
-def test_every_setting_matters(run, tmp_path, done, option):
-    """One step with it and the uninterrupted run's first step without it end at other weights."""
+def test_every_setting_matters(run, tmp_path, first_step, option):
     assert run("--steps", 1, *option) == 0
-    if option == ("--beta", 5):  # the uninterrupted run kept no checkpoint of step 1
-        assert run("--steps", 1, "--ckpt", "plain.safetensors") == 0
-        test_every_setting_matters.plain = load_file(tmp_path / "plain.safetensors")
-        assert history(tmp_path, "plain.jsonl")[:2] == history(done[0])[:2]
-    assert not same(load_file(tmp_path / "best.safetensors"), test_every_setting_matters.plain)
+    assert not same(load_file(tmp_path / "best.safetensors"), first_step)
 
 
 def test_lambda_train_decides_the_labels(run, tmp_path, monkeypatch):
@@ -370,7 +376,9 @@ def test_lambda_train_decides_the_labels(run, tmp_path, monkeypatch):
         weights.append(load_file(tmp_path / "best.safetensors"))
     trainer = Watched.last
     align_i = trainer.reward.alignments(trainer.photos, ["a dog"] * 3)[0]
-    assert torch.equal(wins[1][0] > wins[1][1], (align_i[0] > align_i[1]).expand(NEGATIVES) & (wins[1][0] != wins[1][1]))
+    assert torch.equal(
+        wins[1][0] > wins[1][1], (align_i[0] > align_i[1]).expand(NEGATIVES) & (wins[1][0] != wins[1][1])
+    )
     assert not torch.equal(wins[0], wins[1])
     assert not same(*weights)
 
@@ -383,17 +391,14 @@ def test_lambda_val_decides_what_is_kept(run, tmp_path, done):
     assert rows[0]["reward"] != plain[0]["reward"]
 
 
-def test_v_prediction_base(run, tmp_path):
+def test_v_prediction_base(run, tmp_path, monkeypatch):
     base = write_base(tmp_path / "v", "v_prediction")
-    targets = []
-    with pytest.MonkeyPatch.context() as patch:
-        original = train.denoising_loss
-        patch.setattr(train, "denoising_loss", lambda p, target: targets.append(target) or original(p, target))
-        inputs = []
-        add_noise = train.StableDiffusion.from_pretrained(base).scheduler.__class__.add_noise
-        scheduler = train.StableDiffusion.from_pretrained(base).scheduler
-        patch.setattr(type(scheduler), "add_noise", lambda *args: inputs.append(args[1:]) or add_noise(*args))
-        assert run("--base", base, "--steps", 2) == 0
+    scheduler = StableDiffusion.from_pretrained(base).scheduler
+    inputs, targets = [], []
+    loss = train.denoising_loss
+    monkeypatch.setattr(train, "denoising_loss", lambda p, target: targets.append(target) or loss(p, target))
+    spy(monkeypatch, type(scheduler), "target", lambda self, *args: inputs.append(args))
+    assert run("--base", base, "--steps", 2) == 0
     for (x_0, eps, t), target in zip(inputs, targets[::2], strict=True):
         assert torch.allclose(target, scheduler.velocity(x_0, eps, t)) and not torch.allclose(target, eps, atol=0.1)
     assert history(tmp_path)[1]["margin"] == 0
@@ -404,9 +409,7 @@ def test_v_prediction_base(run, tmp_path):
 
 def test_same_command_same_result_other_seed_another(run, done, tmp_path):
     assert run("--seed", 0) == 0  # 0 is a seed, and the default
-    for name in ("best.safetensors", "best.png"):
-        assert (tmp_path / name).read_bytes() == (done[0] / name).read_bytes()
-    assert history(tmp_path) == history(done[0])
+    assert same_files(tmp_path, done[0])
     assert run("--seed", 1) == 0
     assert not same(load_file(tmp_path / "best.safetensors"), load_file(done[0] / "best.safetensors"))
     assert history(tmp_path)[0] != history(done[0])[0]
@@ -437,10 +440,8 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(run, done, tmp_pa
     assert run("--resume") == 0
     assert f"going on after step {2 if kept else 0}" in capsys.readouterr().out
     assert files_in(tmp_path) == RESULT
-    assert history(tmp_path) == history(done[0])
     assert same(Watched.last.unet.state_dict(), done[1].unet.state_dict())
-    for name in ("best.safetensors", "best.png"):
-        assert (tmp_path / name).read_bytes() == (done[0] / name).read_bytes()
+    assert same_files(tmp_path, done[0])
 
 
 @pytest.fixture
@@ -536,8 +537,7 @@ def test_killed_while_writing_the_state_resumes_from_the_one_before(run, done, t
     assert saved == [0, 2, 4] and torch.load(tmp_path / STATE)["step"] == 2
     assert files_in(tmp_path) == sorted([*RESULT, STATE])
     assert run("--resume") == 0
-    assert history(tmp_path) == history(done[0])
-    assert (tmp_path / "best.safetensors").read_bytes() == (done[0] / "best.safetensors").read_bytes()
+    assert same_files(tmp_path, done[0])
 
 
 def test_library_errors_while_writing_are_one_line(run, tmp_path, capsys, monkeypatch):
@@ -642,11 +642,145 @@ def test_a_base_recommends_and_the_command_line_wins(settings, base):
 
 @pytest.mark.parametrize(
     "text",
-    ['{"lr": "fast"}', '{"lr": -1}', '{"lr": true}', '{"batch": 1.5}', '{"guidance": null}', '{"lr": NaN}', "[1]", "{"],
+    ['{"lr": "fast"}', '{"lr": -1}', '{"lr": true}', '{"batch": 1.5}', '{"guidance": []}', '{"lr": NaN}', "[1]", "{"],
 )
-def test_garbage_in_rpo_json(run, base, tmp_path, capsys, text):
+def test_garbage_in_rpo_json(world, base, tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(tmp_path)
     (base / "rpo.json").write_text(text, encoding="utf-8")
-    arguments = {"lr": "--lr", "batch": "--batch"}  # noqa: F841
-    assert call_without_quick(run, base) == 2
+    assert call(train, monkeypatch, "--subject", world / "dog", "--base", base) == 2
     assert "rpo.json" in error_line(capsys)
+    assert files_in(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *[("--lambda-train", value) for value in (1.5, -0.1, "nan", "")],
+        *[("--lambda-val", value) for value in (1.5, "-inf", "x")],
+        *[("--steps", value) for value in (0, -3, 1.5, "many")],
+        *[("--lr", value) for value in (0, -1e-4, "nan", "inf", "fast")],
+        *[("--beta", 0), ("--guidance", -1), ("--batch", 0), ("--images-per-prompt", 0), ("--solver-steps", 0)],
+        *[("--validate-every", 0), ("--patience", 0), ("--seed", -1), ("--seed", 2**63), ("--seed", 0.5)],
+        *[("--device", value) for value in ("abacus", "meta", "cuda:99", "")],
+        *[("--ckpt", "best.pt"), ("--ckpt", ""), ("--token", " "), ("--noun", " "), ("--solver-steps", 1001)],
+        *[("--nonsense",), ("--step", 3), ("--steps",)],
+    ],
+    ids=lambda option: " ".join(map(str, option)),
+)
+def test_bad_option_is_one_line(run, tmp_path, capsys, option):
+    assert run(*option) == 2
+    line = error_line(capsys)
+    assert option[0] in line or option[0].split("-")[-1] in line
+    assert files_in(tmp_path) == []
+
+
+def no_folder(subject):
+    shutil.rmtree(subject)
+
+
+def no_photos(subject):
+    for photo in subject.iterdir():
+        photo.unlink()
+
+
+def a_file(subject):
+    shutil.rmtree(subject)
+    subject.write_text("a file", encoding="utf-8")
+
+
+def text_called_jpg(subject):
+    (subject / "3.jpg").write_text("a text", encoding="utf-8")
+
+
+def cut_photo(subject):
+    data = (subject / "1.png").read_bytes()
+    (subject / "1.png").write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("spoil", [no_folder, no_photos, a_file, text_called_jpg, cut_photo])
+def test_bad_subject_is_one_line(run, world, tmp_path, tmp_path_factory, capsys, spoil):
+    subject = Path(shutil.copytree(world / "dog", tmp_path_factory.mktemp("bad") / "dog"))
+    spoil(subject)
+    assert run("--subject", subject) == 2
+    assert str(subject) in error_line(capsys)
+    assert files_in(tmp_path) == []
+
+
+def missing(name):
+    def spoil(base):
+        shutil.rmtree(base / name) if (base / name).is_dir() else (base / name).unlink()
+
+    return spoil
+
+
+def cut(name):
+    def spoil(base):
+        data = (base / name).read_bytes()
+        (base / name).write_bytes(data[: len(data) // 2])
+
+    return spoil
+
+
+def without_a_tensor(base):
+    tensors = load_file(base / "unet" / WEIGHTS)
+    tensors.pop("conv_in.weight")
+    save_file(tensors, base / "unet" / WEIGHTS)
+
+
+def huge_header(base):
+    """A header that claims to be longer than the file."""
+    data = bytearray((base / "unet" / WEIGHTS).read_bytes())
+    data[:8] = (2**40).to_bytes(8, "little")
+    (base / "unet" / WEIGHTS).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        *[(missing(name), name) for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "reward")],
+        *[(missing(name), name) for name in ("unet/config.json", "reward/vocab.txt")],
+        *[(missing("reward/model.safetensors"), "reward"), (cut("reward/model.safetensors"), "reward")],
+        *[(cut(name), name) for name in (f"unet/{WEIGHTS}", "vae/config.json")],
+        *[(without_a_tensor, "conv_in.weight"), (huge_header, f"unet/{WEIGHTS}"), (shutil.rmtree, "base")],
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__qualname__", ""),
+)
+def test_bad_base_is_one_line(run, base, tmp_path, capsys, spoil, named):
+    spoil(base)
+    assert run("--base", base) == 2
+    assert named in error_line(capsys)
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "ckpt", ["taken.safetensors", "history.safetensors", "file/best.safetensors", "file/a/b.safetensors"]
+)
+def test_unwritable_result_is_one_line(run, tmp_path, capsys, ckpt):
+    """A folder in the place of a file, and a file in the place of a folder (a superuser may write anywhere else)."""
+    for folder in ("taken.safetensors", "history.jsonl"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").write_text("a file", encoding="utf-8")
+    before = files_in(tmp_path)
+    assert run("--ckpt", ckpt) == 2
+    assert ckpt.split(".")[0] in error_line(capsys)
+    assert files_in(tmp_path) == before
+
+
+def test_full_disk_is_known_before_the_work(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    assert run() == 2
+    assert "GiB free" in error_line(capsys)
+    assert files_in(tmp_path) == []
+
+
+def test_as_a_command_of_its_own(world, tmp_path):
+    """The exit status and the streams, as a shell sees them."""
+    script = Path(train.__file__)
+    command = [sys.executable, script, "--base", world / "base", "--subject", tmp_path / "nothing"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("train.py: error: ")
     assert files_in(tmp_path) == []

@@ -351,3 +351,14 @@ def test_a_bin_file_is_read_without_running_code(tmp_path):
         assert f"{name}.bin" in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    tensors = {"weight": torch.randn(3, 5), "bias": torch.randn(5).half(), "count": torch.tensor(7)}
+    metadata = {"format": "pt", "noun": 'a "größere" dog\n/\x7f', **{f"key {i}": str(i) for i in range(20)}}
+    for i in range(6):  # by chance alone the 22 keys would hardly come in the same order six times
+        weights.save_tensors(tensors, tmp_path / f"{i}.safetensors", dict(sorted(metadata.items(), reverse=i % 2)))
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(6)}) == 1
+    assert weights.read_metadata(tmp_path / "0.safetensors") == metadata
+    read = load_file(tmp_path / "0.safetensors")
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)

@@ -48,7 +48,7 @@ def reward(vocab_size: int) -> dict:
 
 def write_base(folder: Path, prediction_type: str = "epsilon") -> Path:
     """A base in the public layout, ALIGN in reward/, that draws 16 px pictures of nothing."""
-    prompts = [p.format(V="[V]", noun="dog") for kind in TRAINING_PROMPTS.values() for p in kind]
+    prompts = [p.format(V="", noun="dog") for kind in TRAINING_PROMPTS.values() for p in kind]
     networks.write_clip_tokenizer([prompts] * 30, folder / "tokenizer")
     networks.write_bert_tokenizer([prompts], folder / "reward")
     networks.write_scheduler(folder)

@@ -1,0 +1,177 @@
+"""cli.py and pictures.py: argument types, settings, the device, files written whole, the pages."""
+
+import argparse
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+import cli
+from pictures import GAP, KEPT, PAPER, film_strip, grid
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (cli.count, {"1": 1, "400": 400, " 7 ": 7}, ["0", "-3", "1.5", "1e3", "", "x", "nan", "9" * 5000]),
+        (cli.seed, {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63), "0.5", ""]),
+        (cli.positive, {"1e-4": 1e-4, "7.5": 7.5, "3": 3.0}, ["0", "-1", "nan", "inf", "-inf", "", "fast"]),
+        (cli.fraction, {"0": 0, "0.3": 0.3, "1": 1}, ["-0.1", "1.5", "nan", "inf", "", "x"]),
+    ],
+)
+def test_numbers(kind, good, bad):
+    for text, value in good.items():
+        assert kind(text) == value
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="should be a"):
+            kind(text)
+
+
+def test_parser_has_one_line_for_an_error_and_no_abbreviations(capsys):
+    parser = cli.Parser(description="a\nb")
+    parser.add_argument("--steps", type=cli.count)
+    for arguments in (["--steps", "many"], ["--step", "3"], ["--other"], ["more"]):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and "--help" in error
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--help"])
+    assert stop.value.code == 0 and "a\nb" in capsys.readouterr().out  # the text is left as it is
+
+
+def test_fail_is_one_line(capsys):
+    assert cli.fail(ValueError("one\n  two")) == 2
+    assert capsys.readouterr().err.endswith("error: one two\n")
+
+
+def test_recommended():
+    settings = {"lr": 1e-4, "batch": 2, "guidance": 3, "text": "2.5"}
+    assert cli.recommended(settings, "lr", 5e-6, "f") == 1e-4
+    assert cli.recommended(settings, "steps", 20, "f") == 20
+    assert cli.recommended(settings, "text", 1.0, "f") == 2.5  # a header holds texts
+    assert isinstance(cli.recommended(settings, "batch", 1, "f"), int)
+    assert isinstance(cli.recommended(settings, "guidance", 7.5, "f"), float)
+    for value in ("fast", -1, 0, True, None, [], math.nan, math.inf):
+        for default in (1, 1.0):
+            with pytest.raises(ValueError, match=r"rpo\.json.*lr"):
+                cli.recommended({"lr": value}, "lr", default, "rpo.json")
+    with pytest.raises(ValueError, match="whole"):
+        cli.recommended({"batch": 1.5}, "batch", 1, "rpo.json")
+
+
+def test_base_names(tmp_path, monkeypatch):
+    assert cli.base_name(cli.EMBEDDED_BASE) == "weights/toy"
+    monkeypatch.chdir(cli.EMBEDDED_BASE.parent)
+    assert cli.base_name(Path("toy")) == "weights/toy"
+    assert cli.base_folder("weights/toy") == cli.EMBEDDED_BASE
+    assert cli.base_folder(cli.base_name(tmp_path)) == tmp_path
+
+
+def test_device():
+    assert cli.device("cpu") == torch.device("cpu")
+    assert cli.device(None).type in ("cpu", "cuda", "mps")
+    for name in ("abacus", "meta", "cuda:99", "cpu:x", "", "xla", "vulkan", "privateuseone"):
+        with pytest.raises(ValueError, match="--device"):
+            cli.device(name)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_check_writable_leaves_nothing(tmp_path):
+    for path in (tmp_path / "a.png", tmp_path / "new" / "deep" / "a.png"):
+        cli.check_writable(path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.png").write_text("old", encoding="utf-8")
+    cli.check_writable(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_text(encoding="utf-8") == "old"
+
+
+def test_check_writable_refuses(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for path in (tmp_path, tmp_path / "file" / "a", tmp_path / "file" / "a" / "b", tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError, match=r"folder|cannot be written"):
+            cli.check_writable(path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 2**20))
+    cli.check_writable(tmp_path / "a", 2**20)
+    with pytest.raises(ValueError, match="GiB"):
+        cli.check_writable(tmp_path / "a", 2**20 + 1)
+
+
+def test_write_whole(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    cli.write_whole(path, lambda beside: beside.write_text("one", encoding="utf-8"))
+    cli.write_whole(path, lambda beside: beside.write_text("two", encoding="utf-8"))
+    assert path.read_text(encoding="utf-8") == "two" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        *[(error, ValueError) for error in (OSError(28, "full"), RuntimeError("full"), SafetensorError("full"))],
+        *[(error, type(error)) for error in (KeyboardInterrupt(), TypeError("a mistake"))],
+    ],
+)
+def test_write_whole_leaves_the_old_file_if_it_fails(tmp_path, monkeypatch, raised, seen):
+    path = tmp_path / "a.txt"
+    path.write_text("old", encoding="utf-8")
+
+    def half(beside):
+        beside.write_text("ha", encoding="utf-8")
+        raise raised
+
+    def refuse(*args):
+        raise raised
+
+    with pytest.raises(seen):
+        cli.write_whole(path, half)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(seen):
+        cli.write_whole(path, lambda beside: beside.write_text("new", encoding="utf-8"))
+    assert path.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------- pages
+
+
+def plain(*colour, side=16):
+    return Image.new("RGB", (side, side), colour)
+
+
+def test_grid():
+    pictures = [plain(i, 0, 0) for i in range(5)]
+    page = grid(pictures, 3)
+    assert page.size == (3 * 20 + GAP, 2 * 20 + GAP)
+    assert [page.getpixel((12 + i % 3 * 20, 12 + i // 3 * 20)) for i in range(5)] == [(i, 0, 0) for i in range(5)]
+    assert page.getpixel((12 + 40, 32)) == PAPER and page.getpixel((0, 0)) == PAPER
+
+
+@pytest.mark.parametrize("side", [16, 128, 512])
+def test_film_strip_has_the_photos_and_a_row_a_validation(side):
+    """Each picture is found in its row and column by its colour; the kept row alone has the frame."""
+    photos = [plain(250, i, 0, side=side) for i in range(3)]
+    rows = [(step, 0.5, [plain(step, i, 200, side=side) for i in range(8)]) for step in (0, 40, 80)]
+    page = film_strip([f"prompt {i} of a [V] dog" for i in range(8)], photos, rows, 40)
+    colours = {colour for _, colour in page.getcolors(page.width * page.height)}
+    assert {(250, i, 0) for i in range(3)} <= colours
+    assert {(step, i, 200) for step in (0, 40, 80) for i in range(8)} <= colours
+
+    def top(colour):
+        return min(y for y in range(page.height) for x in range(page.width) if page.getpixel((x, y)) == colour)
+
+    if side == 16:  # looking at every pixel takes a while
+        tops = [top((250, 0, 0)), *(top((step, 3, 200)) for step in (0, 40, 80))]
+        assert tops == sorted(set(tops))
+    framed = [y for y in range(page.height) if page.getpixel((page.width - 2, y)) == KEPT]
+    shown = min(side, 192)
+    assert shown <= len(framed) <= shown + 8
+    without = film_strip(["p"] * 8, photos, rows, None)
+    assert all(without.getpixel((page.width - 2, y)) != KEPT for y in range(page.height))

@@ -1,0 +1,338 @@
+"""sample.py on a tiny random base: which base, which prompts, which files, the same pictures again, and bad input."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import UNET, WEIGHTS, call, error_line, files_in, write_base
+
+import cli
+import sample
+from model.stable_diffusion import StableDiffusion
+from model.unet import UNet, UNetConfig
+from model.weights import config_from, save_tensors
+
+QUICK = ("--steps", 1, "--n", 1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("world") / "base")
+
+
+@pytest.fixture(scope="module")
+def ckpt(base, tmp_path_factory):
+    """As train.py writes it: other weights than the base's, and a header."""
+    tensors = {name: tensor.float() * 1.5 for name, tensor in load_file(base / "unet" / WEIGHTS).items()}
+    header = {"base": str(base), "token": "[V]", "noun": "dog", "step": "40", "guidance": "3.0"}
+    path = tmp_path_factory.mktemp("result") / "best.safetensors"
+    save_tensors(tensors, path, header)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Call sample.py in an empty folder; the last of two equal options counts."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: call(sample, monkeypatch, *QUICK, *arguments)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `generate` is called with, and with which weights."""
+    seen = {}
+    generate = StableDiffusion.generate
+
+    def note(self, prompts, seeds, **options):
+        seen.update(options, prompts=prompts, seeds=seeds, unet=self.unet.state_dict())
+        return generate(self, prompts, seeds, **options)
+
+    monkeypatch.setattr(StableDiffusion, "generate", note)
+    return seen
+
+
+def pixels(folder):
+    return {path.name: Image.open(path).tobytes() for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------- what it draws
+
+
+def test_checkpoint_alone_says_base_subject_and_guidance(run, ckpt, asked, tmp_path):
+    assert run("--ckpt", ckpt) == 0
+    places = ["in-the-snow", "on-the-beach", "on-the-Moon"]
+    names = ["a-photo-of-a-V-dog-0.png", *(f"a-V-dog-{place}-0.png" for place in places), "grid.png"]
+    assert files_in(tmp_path / "outputs") == sorted(names)
+    assert asked["prompts"][0] == "a photo of a [V] dog" and asked["guidance"] == 3
+    assert torch.equal(asked["unet"]["conv_in.weight"], load_file(ckpt)["conv_in.weight"])
+
+
+def test_base_alone(run, base, asked, tmp_path, monkeypatch):
+    assert run("--base", base) == 0
+    assert asked["prompts"][0] == "a photo of a dog" and asked["guidance"] == 7.5
+    assert torch.equal(asked["unet"]["conv_in.weight"], load_file(base / "unet" / WEIGHTS)["conv_in.weight"].float())
+    before = pixels(tmp_path / "outputs")
+    monkeypatch.setattr(cli, "EMBEDDED_BASE", base)  # what is used when nothing is named
+    assert run("--out", "again") == 0
+    assert pixels(tmp_path / "again") == before
+
+
+def test_embedded_base_is_found_by_its_name(run, base, ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "EMBEDDED_BASE", base)
+    save_tensors(load_file(ckpt), tmp_path / "moved.safetensors", {"base": "weights/toy", "noun": "cat"})
+    assert run("--ckpt", "moved.safetensors") == 0
+    assert "a-photo-of-a-V-cat-0.png" in files_in(tmp_path / "outputs")
+
+
+def test_base_recommends_and_the_command_line_wins(run, base, asked, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(base, tmp_path / "base"))
+    (copy / "rpo.json").write_text('{"guidance": 2, "solver_steps": 3, "lr": 1e-4}', encoding="utf-8")
+    assert call(sample, monkeypatch, "--base", copy, "--n", 1) == 0
+    assert (asked["steps"], asked["guidance"]) == (3, 2)
+    assert run("--base", copy, "--guidance", 4) == 0
+    assert (asked["steps"], asked["guidance"]) == (1, 4)
+    (copy / "rpo.json").unlink()
+    assert call(sample, monkeypatch, "--base", copy, "--n", 1) == 0
+    assert (asked["steps"], asked["guidance"]) == (20, 7.5)
+
+
+def test_prompts_seeds_and_grid(run, ckpt, asked, tmp_path):
+    prompts = ["a [V] dog", "a [V] dog on the beach"]
+    options = [text for prompt in prompts for text in ("--prompt", prompt)]
+    assert run("--ckpt", ckpt, *options, "--n", 3, "--seed", 7, "--out", "a/b") == 0
+    assert asked["prompts"] == [prompts[0]] * 3 + [prompts[1]] * 3 and asked["seeds"] == [7, 8, 9] * 2
+    names = [f"{stem}-{seed}.png" for stem in ("a-V-dog", "a-V-dog-on-the-beach") for seed in (7, 8, 9)]
+    assert files_in(tmp_path / "a" / "b") == sorted([*names, "grid.png"])
+    drawn = pixels(tmp_path / "a" / "b")
+    assert len({drawn[name] for name in names}) == 6
+    page = Image.open(tmp_path / "a" / "b" / "grid.png")
+    assert page.size == (3 * 20 + 4, 2 * 20 + 4)  # 16 px and a gap of 4
+    for i, name in enumerate(names):
+        x, y = 4 + i % 3 * 20, 4 + i // 3 * 20
+        assert page.crop((x, y, x + 16, y + 16)).tobytes() == drawn[name]
+
+
+def test_same_command_same_files(run, ckpt, tmp_path):
+    for out in ("one", "two"):
+        assert run("--ckpt", ckpt, "--n", 2, "--out", out, "--seed", 0) == 0
+    assert run("--ckpt", ckpt, "--n", 2, "--out", "three") == 0  # 0 is the default
+    files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two", "three")]
+    assert files[0] == files[1] == files[2] and len(files[0]) == 9
+    assert run("--ckpt", ckpt, "--n", 2, "--out", "other", "--seed", 5) == 0
+    assert pixels(tmp_path / "other")["grid.png"] != pixels(tmp_path / "one")["grid.png"]
+
+
+def test_options_reach_the_pictures(run, base, tmp_path):
+    """Every option that is parsed changes them, but for --batch, which must not."""
+    prompt = ("--prompt", "a dog", "--steps", 3)
+    assert run("--base", base, *prompt, "--out", "plain") == 0
+    plain = pixels(tmp_path / "plain")["a-dog-0.png"]
+    for i, option in enumerate([("--guidance", 2), ("--steps", 2), ("--scheduler", "ddim"), ("--scheduler", "ddpm")]):
+        assert run("--base", base, *prompt, *option, "--out", f"{i}") == 0
+        assert pixels(tmp_path / f"{i}")["a-dog-0.png"] != plain
+    assert run("--base", base, *prompt, "--size", 24, "--out", "large") == 0
+    assert Image.open(tmp_path / "large" / "a-dog-0.png").size == (24, 24)
+    assert run("--base", base, *prompt, "--n", 3, "--batch", 2, "--out", "batch") == 0
+    assert pixels(tmp_path / "batch")["a-dog-0.png"] == plain
+
+
+def test_png_carries_its_settings(run, base, ckpt, tmp_path):
+    assert run("--ckpt", ckpt, "--prompt", "a [V] dog, été ❄", "--seed", 3, "--steps", 2) == 0
+    text = Image.open(tmp_path / "outputs" / "a-V-dog-t-3.png").text["parameters"]
+    prompt, settings = text.split("\n")
+    assert prompt == "a [V] dog, été ❄"
+    pairs = dict(pair.split(": ") for pair in settings.split(", "))
+    expected = {"Steps": "2", "Sampler": "dpm++", "CFG scale": "3", "Seed": "3", "Size": "16x16", "Step": "40"}
+    assert pairs == expected | {"Model": "best.safetensors", "Base": "base"}
+    assert "été" in Image.open(tmp_path / "outputs" / "grid.png").text["parameters"]
+    assert run("--base", base, "--prompt", "x") == 0
+    assert "Model: base" in Image.open(tmp_path / "outputs" / "x-0.png").text["parameters"]
+
+
+def test_braces_are_letters_like_others(run, base, ckpt, tmp_path):
+    shutil.copy(ckpt, tmp_path / "{best}.safetensors")
+    assert run("--ckpt", "{best}.safetensors", "--prompt", "a {dog}") == 0
+    assert "{best}" in Image.open(tmp_path / "outputs" / "a-dog-0.png").text["parameters"]
+
+
+# ---------------------------------------------------------------------------------------------- odd prompts
+
+
+def test_too_long_a_prompt_is_drawn_with_a_warning(run, base, tmp_path, capsys):
+    prompt = "a dog " * 37 + "on the Moon, with the Statue of Liberty in the background"
+    assert run("--base", base, "--prompt", prompt, "--prompt", "a dog") == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "Moon, with the Statue of Liberty in the background" in warnings[0]
+    assert "a dog" not in warnings[0]
+    assert len(files_in(tmp_path / "outputs")) == 3
+
+
+def test_every_prompt_has_a_file_of_its_own(run, base, tmp_path):
+    prompts = ["", "!?", "犬", "../../etc/passwd", "/", "a/b", "a b", "A B", "a-b-2", "x" * 400, "x" * 401, ".", "grid"]
+    options = [text for prompt in prompts for text in ("--prompt", prompt)]
+    assert run("--base", base, *options) == 0
+    files = files_in(tmp_path / "outputs")
+    assert len(files) == len(prompts) + 1 and files_in(tmp_path) == ["outputs", *(f"outputs/{name}" for name in files)]
+    assert len({name.lower() for name in files}) == len(files) and max(map(len, files)) < 120
+    texts = [Image.open(tmp_path / "outputs" / name).text["parameters"] for name in files if name != "grid.png"]
+    assert sorted(text.split("\n")[0] for text in texts) == sorted(prompts)
+
+
+def test_a_prompt_given_twice_is_drawn_once(run, base, asked, tmp_path):
+    assert run("--base", base, "--prompt", "a dog", "--prompt", "a dog") == 0
+    assert asked["prompts"] == ["a dog"] and files_in(tmp_path / "outputs") == ["a-dog-0.png", "grid.png"]
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *[("--steps", value) for value in (0, -3, 1.5, 1001)],
+        *[("--n", 0), ("--seed", -1), ("--seed", "x"), ("--guidance", 0), ("--guidance", "nan"), ("--batch", 0)],
+        *[("--size", value) for value in (0, 17, "big")],
+        *[("--scheduler", "best"), ("--device", "abacus"), ("--device", "meta"), ("--nonsense",), ("--prompt",)],
+    ],
+    ids=lambda option: " ".join(map(str, option)),
+)
+def test_bad_option_is_one_line(run, base, tmp_path, capsys, option):
+    assert run("--base", base, *option) == 2
+    line = error_line(capsys)
+    assert option[0] in line or option[0].strip("-") in line or (option == ("--size", 17) and "side" in line)
+    assert files_in(tmp_path) == []
+
+
+def spoilt(kind, base, ckpt, folder):
+    """A checkpoint that cannot be used, and what the message should name."""
+    path, data, tensors = folder / f"{kind}.safetensors", ckpt.read_bytes(), load_file(ckpt)
+    header = {"base": str(base)}
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "text":
+        path.write_text("not weights", encoding="utf-8")
+    elif kind == "header":
+        path.write_bytes((2**40).to_bytes(8, "little") + data[8:])
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "lacking":
+        tensors.pop("conv_out.weight")
+        save_file(tensors, path, header)
+    elif kind == "extra":
+        save_file(tensors | {"more": torch.zeros(1)}, path, header)
+    elif kind == "architecture":
+        network = UNet(config_from(UNetConfig, UNET | {"block_out_channels": [8, 16]}))
+        save_tensors(network.state_dict(), path, header)
+    elif kind == "no base":
+        save_file(tensors, path)
+    elif kind == "base gone":
+        save_file(tensors, path, {"base": "no/such/base"})
+    elif kind == "guidance":
+        save_file(tensors, path, header | {"guidance": "much"})
+    return path
+
+
+KINDS = [
+    "empty",
+    "cut",
+    "text",
+    "header",
+    "folder",
+    "missing",
+    "lacking",
+    "extra",
+    "architecture",
+    "no base",
+    "base gone",
+]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "guidance"])
+def test_bad_checkpoint_is_one_line(run, base, ckpt, tmp_path, tmp_path_factory, capsys, kind):
+    path = spoilt(kind, base, ckpt, tmp_path_factory.mktemp("spoilt"))
+    assert run("--ckpt", path) == 2
+    line = error_line(capsys)
+    assert str(path) in line
+    if "base" in kind:
+        assert "--base" in line
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["no base", "base gone"])
+def test_base_can_be_named_where_the_header_does_not_help(run, base, ckpt, tmp_path, kind):
+    path = spoilt(kind, base, ckpt, tmp_path)
+    assert run("--ckpt", path, "--base", base) == 0
+    assert "a-photo-of-a-dog-0.png" in files_in(tmp_path / "outputs")
+
+
+@pytest.mark.parametrize("name", ["", "unet", "vae", "text_encoder", "tokenizer", "scheduler", f"unet/{WEIGHTS}"])
+def test_incomplete_base_is_one_line(run, base, tmp_path, tmp_path_factory, capsys, name):
+    copy = Path(shutil.copytree(base, tmp_path_factory.mktemp("copy") / "base"))
+    shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
+    assert run("--base", copy) == 2
+    assert Path(name).parts[0] in error_line(capsys) if name else str(copy) in error_line(capsys)
+    assert files_in(tmp_path) == []
+
+
+def test_garbage_in_rpo_json(run, base, tmp_path, tmp_path_factory, capsys):
+    copy = Path(shutil.copytree(base, tmp_path_factory.mktemp("copy") / "base"))
+    (copy / "rpo.json").write_text('{"guidance": "strong"}', encoding="utf-8")
+    assert run("--base", copy) == 2
+    assert "rpo.json" in error_line(capsys)
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "file/far/below", "taken"])
+def test_unwritable_output_is_one_line(run, base, tmp_path, capsys, out):
+    (tmp_path / "file").write_text("a file", encoding="utf-8")
+    (tmp_path / "taken" / "grid.png").mkdir(parents=True)
+    before = files_in(tmp_path)
+    assert run("--base", base, "--out", out) == 2
+    assert out.split("/")[0] in error_line(capsys)
+    assert files_in(tmp_path) == before
+
+
+def test_failed_write_leaves_the_old_picture(run, base, tmp_path, capsys, monkeypatch):
+    assert run("--base", base, "--prompt", "a dog") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "outputs").iterdir()}
+    capsys.readouterr()
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert run("--base", base, "--prompt", "a dog", "--guidance", 2) == 2
+    assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in (tmp_path / "outputs").iterdir()} == before
+
+
+def test_interrupted(run, base, tmp_path, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StableDiffusion, "generate", interrupt)
+    assert run("--base", base) == 130
+    assert files_in(tmp_path) == []
+
+
+def test_as_a_command_of_its_own(base, ckpt, tmp_path):
+    """The exit status and the streams, as a shell sees them."""
+
+    def shell(*arguments):
+        command = [sys.executable, sample.__file__, "--n", "1", "--steps", "1", "--prompt", "a dog", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    bad = shell("--ckpt", spoilt("architecture", base, ckpt, tmp_path))
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert len(bad.stderr.splitlines()) == 1 and bad.stderr.startswith("sample.py: error: ")
+    good = shell("--ckpt", ckpt)
+    assert good.returncode == 0 and "outputs/grid.png" in good.stdout and "Traceback" not in good.stderr
+    assert files_in(tmp_path / "outputs") == ["a-dog-0.png", "grid.png"]
