@@ -240,6 +240,8 @@ def run(args: argparse.Namespace) -> int:
     check_layout(args.base)
     if not (args.base / "reward").is_dir():
         raise CheckpointError(f"the base model {args.base} lacks the folder reward, which holds ALIGN (see README.md)")
+    for ending in (".safetensors", ".jsonl", ".png", STATE):
+        cli.check_writable(args.ckpt.with_suffix(ending))
     if args.resume and not args.ckpt.with_suffix(STATE).is_file():
         raise ValueError(f"there is nothing to resume: {args.ckpt.with_suffix(STATE)} is missing")
     if args.ckpt.exists() and not args.resume:
@@ -253,8 +255,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"base {cli.base_name(args.base)} on {device}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
     settle(args, sd.recommended)
-    for ending in (".safetensors", ".jsonl", ".png", STATE):
-        cli.check_writable(args.ckpt.with_suffix(ending), 16 * parameters)  # in fp32, with AdamW's two averages
+    cli.check_writable(args.ckpt, 16 * parameters)  # the checkpoint and the state: fp32, with AdamW's two averages
 
     trainer = Trainer(args, subject, sd, align)
     if args.resume:

@@ -1,17 +1,22 @@
 """A pen for cartoons: solid shapes in a frame of their own that can be placed, scaled, tilted and mirrored.
 
+Shapes can be outlines (lists of points), since an outline can be filled, rimmed and used to clip a marking.
 Everything is drawn on a 256 x 256 canvas and shrunk to 128 x 128 at the end, which smooths the edges.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
 CANVAS = 256  # pixels; the finished picture is half of that
+RIM = 0.018  # in units of the frame: the darker edge that parts a thing from a background of its own colour
 Color = tuple[int, int, int]
+Outline = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Pen:
     """
 
     def __init__(self, image: Image.Image, x: float, y: float, scale: float, tilt: float = 0.0, flip: bool = False):
-        self.draw = ImageDraw.Draw(image)
+        self.image, self.draw = image, ImageDraw.Draw(image)
         self.x, self.y, self.scale, self.flip = x, y, scale, flip
         self.cos, self.sin = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
 
@@ -63,7 +68,7 @@ class Pen:
             self.y - self.scale * (x * self.sin + y * self.cos),
         )
 
-    def polygon(self, points: list[tuple[float, float]], fill: Color) -> None:
+    def polygon(self, points: Outline, fill: Color) -> None:
         self.draw.polygon([self.place(x, y) for x, y in points], fill=fill)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Color, angle: float = 0.0) -> None:
@@ -72,7 +77,7 @@ class Pen:
         turn = [(rx * math.cos(a), ry * math.sin(a)) for a in (i * math.tau / 36 for i in range(36))]
         self.polygon([(x + u * c - v * s, y + u * s + v * c) for u, v in turn], fill)
 
-    def line(self, points: list[tuple[float, float]], fill: Color, width: float) -> None:
+    def line(self, points: Outline, fill: Color, width: float) -> None:
         """A round-jointed line, `width` in units of the frame."""
         pixels = max(1, round(width * self.scale))
         self.draw.line([self.place(x, y) for x, y in points], fill=fill, width=pixels, joint="curve")
@@ -81,8 +86,7 @@ class Pen:
         self, x: float, y: float, rx: float, ry: float, start: float, end: float, fill: Color, width: float
     ) -> None:
         """The part of an ellipse's outline from `start` to `end` degrees, counter-clockwise from the right."""
-        angles = [math.radians(start + (end - start) * i / 24) for i in range(25)]
-        self.line([(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles], fill, width)
+        self.line(oval(x, y, rx, ry, start, end), fill, width)
 
     def box(self, left: float, bottom: float, right: float, top: float, fill: Color, round_by: float = 0.0) -> None:
         """A rectangle with rounded corners."""
@@ -99,3 +103,72 @@ class Pen:
                 for i in range(7)
             ]
         self.polygon(points, fill)
+
+
+# Outlines
+
+
+def oval(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360) -> Outline:
+    """An ellipse about (x, y), or its part from `start` to `end` degrees, counter-clockwise from the right."""
+    angles = [math.radians(start + (end - start) * i / 24) for i in range(25)]
+    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+
+
+def slab(left: float, bottom: float, right: float, top: float, r: float) -> Outline:
+    """A rectangle whose corners are rounded by `r`."""
+    r = min(r, (right - left) / 2, (top - bottom) / 2)
+    corners = ((right - r, top - r), (left + r, top - r), (left + r, bottom + r), (right - r, bottom + r))
+    return [p for i, (x, y) in enumerate(corners) for p in oval(x, y, r, r, 90 * i, 90 * i + 90)[::4]]
+
+
+def smooth(points: Outline, closed: bool = True) -> Outline:
+    """A Catmull-Rom curve through `points`; a point given twice stays a corner."""
+    around = [points[-1], *points, *points[:2]] if closed else [points[0], *points, points[-1]]
+    curve = [points[0]]
+    for a, b, c, d in zip(around, around[1:], around[2:], around[3:], strict=False):
+        for t in (0.25, 0.5, 0.75, 1.0) if b != c else ():
+            weights = (-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2)
+            curve.append(tuple(sum(w * p[i] for w, p in zip(weights, (a, b, c, d), strict=True)) / 2 for i in (0, 1)))
+    return curve
+
+
+def fit(points: Outline, x: float, y: float, rx: float, ry: float) -> Outline:
+    """The smooth curve through `points` with their origin moved to (x, y) and their unit to rx and ry."""
+    return smooth([(x + u * rx, y + v * ry) for u, v in points])
+
+
+def lathe(profile: Outline) -> Outline:
+    """A pot as if turned on a wheel: a smooth right side from bottom to top, and its mirror image."""
+    right = smooth(profile, closed=False)
+    return right + [(-x, y) for x, y in reversed(right)]
+
+
+# Painting
+
+
+def part(pen: Pen, color: Color, *outlines: Outline) -> None:
+    """Fill the union of `outlines` and give it a darker rim."""
+    rim = shade(color, 0.68)
+    for outline in outlines:
+        pen.line([*outline, *outline[:2]], rim, 2 * RIM)
+    for outline in outlines:
+        pen.polygon(outline, color)
+
+
+def tube(pen: Pen, color: Color, points: Outline, width: float) -> None:
+    """A rimmed, round-ended line: handles, straps, legs."""
+    for ink, w in ((shade(color, 0.68), width + 2 * RIM), (color, width)):
+        pen.line(points, ink, w)
+        for x, y in (points[0], points[-1]):
+            pen.ellipse(x, y, w / 2, w / 2, ink)
+
+
+def inside(pen: Pen, outlines: tuple[Outline, ...], paint: Callable[[Pen], None]) -> None:
+    """Let `paint` draw with a pen whose ink shows only inside the union of `outlines`."""
+    layer, mask = pen.image.copy(), Image.new("L", pen.image.size)
+    stencil, ink = ImageDraw.Draw(mask), copy.copy(pen)
+    for outline in outlines:
+        stencil.polygon([pen.place(x, y) for x, y in outline], fill=255)
+    ink.image, ink.draw = layer, ImageDraw.Draw(layer)
+    paint(ink)
+    pen.image.paste(layer, (0, 0), mask)

@@ -35,7 +35,7 @@ VAE_CONFIG = {
 UNET_CONFIG = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
-    "attention_head_dim": 4,
+    "attention_head_dim": [1, 2, 3],  # heads of 64, as in SD 2
     "block_out_channels": [64, 128, 192],
     "center_input_sample": False,
     "cross_attention_dim": 128,

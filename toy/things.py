@@ -1,25 +1,17 @@
 """The lifeless subjects of the cartoon world: one function a kind, listed in THINGS.
 
-Each draws one Subject upright in the Pen's frame: its bottom at y = 0, about 1.0 tall or wide, centred on x = 0. Shapes
-are outlines (lists of points), since an outline can be filled, rimmed and used to clip a marking.
+Each draws one Subject upright in the Pen's frame: its bottom at y = 0, about 1.0 tall or wide, centred on x = 0.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
-from PIL import Image, ImageDraw
-
-from toy.draw import Color, Pen, Subject, shade
-
-Outline = list[tuple[float, float]]
+from toy.draw import Color, Outline, Pen, Subject, fit, inside, lathe, oval, part, shade, slab, smooth, tube
 
 DARK, WHITE, SILVER = (44, 40, 52), (252, 250, 244), (206, 212, 220)
 LEAF, FLAME, GLOW = (66, 150, 70), (250, 140, 30), (255, 225, 90)
-RIM = 0.018  # the darker edge that parts a thing from a background of its own colour
-
 
 # Closed curves through a few points, in a frame of their own; see `fit`. A point given twice is a corner.
 # fmt: off
@@ -32,6 +24,9 @@ TONGUE = [(-0.2, -0.1), (-0.1, 0.08), (0.12, 0.06), (0.2, -0.1)]
 # fmt: on
 
 
+# What several kinds need
+
+
 def mix(low: float, high: float, t: float) -> float:
     return low + (high - low) * t
 
@@ -40,76 +35,6 @@ def sizes(subject: Subject, *ranges: tuple[float, float]) -> list[float]:
     """Where width, height, detail and detail2 stand between the given smallest and largest values."""
     shares = (subject.width, subject.height, subject.detail, subject.detail2)
     return [mix(low, high, share) for (low, high), share in zip(ranges, shares, strict=True)]
-
-
-# Outlines
-
-
-def oval(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360) -> Outline:
-    """An ellipse about (x, y), or its part from `start` to `end` degrees, counter-clockwise from the right."""
-    angles = [math.radians(start + (end - start) * i / 24) for i in range(25)]
-    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
-
-
-def slab(left: float, bottom: float, right: float, top: float, r: float) -> Outline:
-    """A rectangle whose corners are rounded by `r`."""
-    r = min(r, (right - left) / 2, (top - bottom) / 2)
-    corners = ((right - r, top - r), (left + r, top - r), (left + r, bottom + r), (right - r, bottom + r))
-    return [p for i, (x, y) in enumerate(corners) for p in oval(x, y, r, r, 90 * i, 90 * i + 90)[::4]]
-
-
-def smooth(points: Outline, closed: bool = True) -> Outline:
-    """A Catmull-Rom curve through `points`; a point given twice stays a corner."""
-    around = [points[-1], *points, *points[:2]] if closed else [points[0], *points, points[-1]]
-    curve = [points[0]]
-    for a, b, c, d in zip(around, around[1:], around[2:], around[3:], strict=False):
-        for t in (0.25, 0.5, 0.75, 1.0) if b != c else ():
-            weights = (-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2)
-            curve.append(tuple(sum(w * p[i] for w, p in zip(weights, (a, b, c, d), strict=True)) / 2 for i in (0, 1)))
-    return curve
-
-
-def fit(points: Outline, x: float, y: float, rx: float, ry: float) -> Outline:
-    """The smooth curve through `points` with their origin moved to (x, y) and their unit to rx and ry."""
-    return smooth([(x + u * rx, y + v * ry) for u, v in points])
-
-
-def lathe(profile: Outline) -> Outline:
-    """A pot as if turned on a wheel: a smooth right side from bottom to top, and its mirror image."""
-    right = smooth(profile, closed=False)
-    return right + [(-x, y) for x, y in reversed(right)]
-
-
-# Painting
-
-
-def part(pen: Pen, color: Color, *outlines: Outline) -> None:
-    """Fill the union of `outlines` and give it a darker rim."""
-    rim = shade(color, 0.68)
-    for outline in outlines:
-        pen.line([*outline, *outline[:2]], rim, 2 * RIM)
-    for outline in outlines:
-        pen.polygon(outline, color)
-
-
-def tube(pen: Pen, color: Color, points: Outline, width: float) -> None:
-    """A rimmed, round-ended line: handles, straps, legs."""
-    for ink, w in ((shade(color, 0.68), width + 2 * RIM), (color, width)):
-        pen.line(points, ink, w)
-        for x, y in (points[0], points[-1]):
-            pen.ellipse(x, y, w / 2, w / 2, ink)
-
-
-def inside(pen: Pen, outlines: tuple[Outline, ...], paint: Callable[[Pen], None]) -> None:
-    """Let `paint` draw with a pen whose ink shows only inside the union of `outlines`."""
-    image = pen.draw._image
-    layer, mask = image.copy(), Image.new("L", image.size)
-    stencil, ink = ImageDraw.Draw(mask), copy.copy(pen)
-    for outline in outlines:
-        stencil.polygon([pen.place(x, y) for x, y in outline], fill=255)
-    ink.draw = ImageDraw.Draw(layer)
-    paint(ink)
-    image.paste(layer, (0, 0), mask)
 
 
 def markings(pen: Pen, subject: Subject, x: float, y: float, rx: float, ry: float) -> None:

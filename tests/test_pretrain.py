@@ -1,0 +1,66 @@
+"""The training loop of the embedded base: it learns, and a resumed run ends as an unbroken one does."""
+
+import pytest
+import torch
+from torch import nn
+
+from toy import data, loop, pretrain
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+
+
+def run(steps: int, stop_at: int | None = None, fixed_first: bool = False) -> dict[str, torch.Tensor]:
+    """Fit a line of four numbers to its target; `stop_at` breaks off there, after the state was written."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    saved = {}
+
+    def loss_of(step: int):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(16, 4)
+        loss = (network(x).float() - x.sum(1, keepdim=True)).square().mean()
+        return loss, {"loss": loss.item()}
+
+    options = {"minutes_between_saves": 0.0, "fixed": network[:1] if fixed_first else ()}
+    loop.fit("line", network, loss_of, steps, 1e-2, "cpu", saved.update, **options)
+    return {**saved, "loss": loss_of(-1)[0].detach()}
+
+
+def test_it_learns_and_the_average_is_what_is_saved():
+    assert run(300)["loss"] < 0.05
+    assert set(run(300)) == {"0.weight", "0.bias", "1.weight", "1.bias", "loss"}
+
+
+def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+    whole = run(30)
+    monkeypatch.setattr(data, "CACHE", tmp_path / "second")
+    (tmp_path / "second").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        run(30, stop_at=17)
+    resumed = run(30)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole if name != "loss")
+
+
+def test_fixed_modules_stay():
+    torch.manual_seed(0)
+    before = nn.Linear(4, 8).weight.detach().clone()
+    after = run(20, fixed_first=True)
+    assert torch.equal(after["0.weight"], before)
+
+
+def test_contrast_is_lowest_for_partners_and_leaves_out_possible_ones():
+    features = torch.eye(4)
+    loss, right = pretrain.contrast(features, features, 0.1)
+    assert right == 1.0
+    worse, wrong = pretrain.contrast(features, features.flip(0), 0.1)
+    assert worse > loss
+    assert wrong == 0.0
+    twins = torch.cat([features[:2], features[:2]])  # rows 0 and 2 are the same, 1 and 3 too
+    same = torch.tensor([[i % 2 == j % 2 for j in range(4)] for i in range(4)])
+    alone, right = pretrain.contrast(twins, twins, 0.1, same)
+    assert alone < pretrain.contrast(twins, twins, 0.1)[0]
+    assert right == 1.0

@@ -1,0 +1,99 @@
+"""The drawings that every network of weights/toy learns from, and what is kept of them in toy/cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from model.vae import VAE
+from model.weights import save_tensors
+from toy import world
+
+CACHE = Path(__file__).parent / "cache"
+CAPTIONS = 4  # different captions kept for each drawing
+
+
+def draw_block(first: int, last: int) -> tuple[np.ndarray, list[list[str]]]:
+    """Drawings first..last-1 of the training stream, (n, 128, 128, 3) uint8, and their captions."""
+    pictures, captions = [], []
+    for index in range(first, last):
+        named, picture, rng = world.sample(index)
+        captions.append([world.caption(named, picture, rng) for _ in range(CAPTIONS)])
+        pictures.append(np.asarray(world.draw(named, picture, rng)))
+    return np.stack(pictures), captions
+
+
+def make_data(count: int) -> None:
+    """Draw `count` pictures into toy/cache, on all cores."""
+    CACHE.mkdir(exist_ok=True)
+    path = CACHE / "drawings.npy"
+    beside = CACHE / "drawings.partial.npy"
+    images = np.lib.format.open_memmap(beside, "w+", np.uint8, (count, world.SIZE, world.SIZE, 3))
+    captions, block = [], 128
+    firsts = range(0, count, block)
+    with ProcessPoolExecutor() as pool:
+        jobs = pool.map(draw_block, firsts, [min(f + block, count) for f in firsts])
+        for first, (pictures, texts) in tqdm(zip(firsts, jobs, strict=True), total=len(firsts), desc="drawing"):
+            images[first : first + len(pictures)] = pictures
+            captions += texts
+    images.flush()
+    (CACHE / "captions.json").write_text(json.dumps(captions))
+    os.replace(beside, path)
+
+
+class Data:
+    """The drawings, as they are on disk, and their captions. Four in a row show one subject."""
+
+    def __init__(self, device: str = "cpu"):
+        self.images = np.load(CACHE / "drawings.npy", mmap_mode="r")
+        self.captions = json.loads((CACHE / "captions.json").read_text())
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def by_phrase(self) -> list[list[int]]:
+        """The drawings sorted by what their captions say of the scene, the clothes or the look."""
+        groups = defaultdict(list)
+        for index in range(len(self)):
+            picture = world.sample(index)[1]
+            groups[picture.outfit or picture.look or picture.scene or str(picture.van_gogh)].append(index)
+        return list(groups.values())
+
+    def pixels(self, indices, crop: int | None = None, rng: random.Random | None = None) -> Tensor:
+        """(n, 3, size, size) in [-1, 1]; with `crop`, a random square of that side of each."""
+        if crop is None:
+            batch = self.images[np.asarray(indices)]
+        else:
+            corners = [(rng.randrange(world.SIZE - crop + 1), rng.randrange(world.SIZE - crop + 1)) for _ in indices]
+            batch = np.stack(
+                [self.images[i, y : y + crop, x : x + crop] for i, (y, x) in zip(indices, corners, strict=True)]
+            )
+        batch = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)  # channels-last, as it is in memory
+        return batch.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encoded(data: Data, vae: VAE, device: str, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the first drawings' latents, scaled, in half precision; kept in toy/cache."""
+    path, scale = CACHE / "latents.safetensors", vae.config.scaling_factor
+    if not path.exists() or len(load_file(path)["mean"]) != count:
+        means, stds = [], []
+        for start in tqdm(range(0, count, 64), desc="encoding"):
+            with torch.autocast(device, torch.bfloat16):
+                mean, logvar = vae.encode(data.pixels(range(start, min(start + 64, count))))
+            means.append((scale * mean.float()).half())
+            stds.append((scale * torch.exp(0.5 * logvar.float())).half())
+        save_tensors({"mean": torch.cat(means), "std": torch.cat(stds)}, path)
+    latents = load_file(path, device)
+    return latents["mean"], latents["std"]
