@@ -89,6 +89,13 @@ class Reward:
         align_t = _to_unit((image * text).sum(1))
         return align_i, align_t
 
+    def of_photos(self, prompts: list[str], lam: float) -> Tensor:
+        """r(x_ref, c; λ) of every reference photo with every prompt: (photos, prompts). Embeds no photo again."""
+        photos, text = self.reference_features, self._text_features(prompts)
+        align_i = _to_unit((photos[:, None] * photos).sum(2)).mean(1, keepdim=True)
+        align_t = _to_unit((photos[:, None] * text).sum(2))
+        return lambda_harmonic(align_i.expand_as(align_t), align_t, lam)
+
     def __call__(self, images: list[Image.Image], prompts: list[str], lam: float) -> Tensor:
         """r(x, c; λ, I_ref) of each image with its own prompt: (n,) in [0, 1]. Raises ValueError, as the parts do."""
         return lambda_harmonic(*self.alignments(images, prompts), lam)

@@ -76,8 +76,7 @@ class Trainer:
         args, sd = self.args, self.sd
         prompts, negatives = self.draw(args.seed, "drawing negatives")
         r_gen = self.reward(negatives, prompts, args.lambda_train)  # each negative's own, with its own prompt
-        r = {p: self.reward(self.photos, [p] * len(self.photos), args.lambda_train) for p in dict.fromkeys(prompts)}
-        r_ref = torch.stack([r[p] for p in prompts], dim=1)  # photo i with the prompt of negative j
+        r_ref = self.reward.of_photos(prompts, args.lambda_train)  # photo i with the prompt of negative j
         self.p_ref_wins = preference_probability(r_ref, r_gen)  # (photos, negatives)
         self.ref_posterior, self.gen_posterior = sd.encode_images(self.photos), sd.encode_images(negatives)
         self.ref_context = sd.encode_prompts([self.subject.instance_prompt])

@@ -215,3 +215,12 @@ def test_odd_calls():
         Reward(FakeALIGN(), FakeTokenizer(), [])
     with pytest.raises(ValueError, match="batch_size"):
         Reward(FakeALIGN(), FakeTokenizer(), [RED], batch_size=0)
+
+
+@pytest.mark.parametrize("lam", [0, 0.3, 1])
+def test_photos_with_prompts_are_as_any_picture_and_are_not_embedded_again(lam):
+    photos, prompts = [colour(250, 61, 7), BLUE, GREEN], ["a red [V] dog", "a [V] dog in the snow"]
+    reward = Reward(FakeALIGN(), FakeTokenizer(), photos)
+    table = torch.stack([reward([photo] * len(prompts), prompts, lam) for photo in photos])
+    reward._image_features = None  # calling it would fail
+    assert torch.allclose(reward.of_photos(prompts, lam), table, atol=1e-6)

@@ -367,15 +367,14 @@ def test_nothing_to_draw(ours):
     assert ours.generate([], []) == []
 
 
-def test_the_mode_is_left_as_found(ours):
-    try:
-        for training in (True, False):
-            ours.unet.train(training)
-            seen = []
-            ours.generate(PROMPTS[:1], [0], 2, on_batch=lambda n, seen=seen: seen.append(ours.unet.training))
-            assert seen == [False] and ours.unet.training is training
-    finally:
-        ours.unet.eval()
+def test_training_mode_neither_changes_nor_matters(ours):
+    """The U-Net has no dropout and no batch statistics, so train.py may draw in the middle of training."""
+    pictures = []
+    for training in (True, False):
+        ours.unet.train(training)
+        pictures += ours.generate(PROMPTS[:1], [0], 2)
+        assert ours.unet.training is training
+    assert pictures[0].tobytes() == pictures[1].tobytes()
 
 
 def test_the_mode_is_left_as_found_after_an_error(ours):

@@ -10,7 +10,9 @@
     python -m toy.pretrain vae-decoder     # optional: sharper pictures from the same latents
 
 Each command goes on where it was stopped (its state is in toy/cache) and writes its part of weights/toy in the public
-layout, in half precision. On a GPU add `--device cuda` and a larger `--batch`. `--steps` sets the length.
+layout, in half precision. `--go-on` starts from the weights that are there. On a GPU add `--device cuda` and a larger
+`--batch`; `--steps` sets the length. After `vae`, `vae-full` or `clip` the U-Net must be trained anew: it has learned
+other latents or other words.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.align import ALIGN, ALIGNConfig
@@ -60,14 +62,19 @@ KINDS_LONGEST_FIRST = sorted(world.KINDS, key=len, reverse=True)
 # ---------------------------------------------------------------------------------------------------- the VAE
 
 
-def train_vae(steps: int, batch: int, device: str, stage: str = "vae") -> None:
+def begun(network: nn.Module, part: str, go_on: bool) -> nn.Module:
+    """The network as it is, or with the weights that weights/toy has, to go on from there without toy/cache."""
+    if go_on:
+        network.load_state_dict(type(network).from_pretrained(WEIGHTS / part).state_dict())
+    return network
+
+
+def train_vae(steps: int, batch: int, device: str, go_on: bool = False, stage: str = "vae") -> None:
     """L1 + MSE + a little KL, in stages. "vae": random 64-pixel crops, a quarter of the cost. "vae-full": goes on
     with whole pictures. "vae-decoder": goes on with the decoder alone, which leaves the latents, and the U-Net, valid.
     """
     data = Data(device)
-    vae = VAE(config_from(VAEConfig, VAE_CONFIG))
-    if stage != "vae":
-        vae.load_state_dict(VAE.from_pretrained(WEIGHTS / "vae").state_dict())
+    vae = begun(VAE(config_from(VAEConfig, VAE_CONFIG)), "vae", go_on or stage != "vae")
     vae.to(memory_format=torch.channels_last)
     fixed = [vae.encoder, vae.quant_conv] if stage == "vae-decoder" else []
     scaling_factor = read_json(WEIGHTS / "vae" / "config.json")["scaling_factor"] if fixed else None
@@ -154,13 +161,13 @@ def standardized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
     return (pixels / 2 + 0.5 - mean) / std
 
 
-def train_clip(steps: int, batch: int, device: str) -> None:
+def train_clip(steps: int, batch: int, device: str, go_on: bool = False) -> None:
     """Pictures against captions. Its text tower becomes the text encoder; the whole is a metric."""
     data = Data(device)
     write_clip_tokenizer(data.captions, WEIGHTS / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
     config = clip_config(len(tokenizer.cutter.get_vocab()), tokenizer.last_id)
-    clip = CLIP(config_from(CLIPConfig, config))
+    clip = begun(CLIP(config_from(CLIPConfig, config)), "metrics/clip", go_on)
     groups = data.by_phrase()
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -194,13 +201,13 @@ def two_of_each(data: Data, count: int, rng: random.Random) -> tuple[list[int], 
     ]
 
 
-def train_align(steps: int, batch: int, device: str) -> None:
+def train_align(steps: int, batch: int, device: str, go_on: bool = False) -> None:
     """Pictures against captions, and two drawings of one subject against other subjects."""
     data = Data(device)
     write_bert_tokenizer(data.captions, WEIGHTS / "reward")
     tokenizer = BertTokenizer.from_pretrained(WEIGHTS / "reward")
     config = align_config(len(tokenizer.cutter.get_vocab()))
-    align = ALIGN(ALIGNConfig.from_json(config)).to(memory_format=torch.channels_last)
+    align = begun(ALIGN(ALIGNConfig.from_json(config)), "reward", go_on).to(memory_format=torch.channels_last)
     side = PREPROCESSORS["align"]["crop_size"]["height"]
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -225,10 +232,10 @@ def train_align(steps: int, batch: int, device: str) -> None:
     fit("align", align, loss_of, steps, 1e-3, device, save, weight_decay=0.05)
 
 
-def train_dino(steps: int, batch: int, device: str) -> None:
+def train_dino(steps: int, batch: int, device: str, go_on: bool = False) -> None:
     """Two drawings of one subject against other subjects. (DINO's own objective, self-distillation, is another.)"""
     data = Data(device)
-    dino = DINO(config_from(DINOConfig, DINO_CONFIG))
+    dino = begun(DINO(config_from(DINOConfig, DINO_CONFIG)), "metrics/dino", go_on)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         ones, others = two_of_each(data, batch // 2, random.Random(step))
@@ -245,7 +252,7 @@ def train_dino(steps: int, batch: int, device: str) -> None:
 # ---------------------------------------------------------------------------------------------------- the U-Net
 
 
-def train_unet(steps: int, batch: int, device: str) -> None:
+def train_unet(steps: int, batch: int, device: str, go_on: bool = False) -> None:
     """ε-prediction in the latents (DDPM, arXiv 2006.11239, eq. 14); one caption in ten is empty, for guidance.
 
     Min-SNR weights (arXiv 2303.09556): a small budget goes to the noise levels that decide what is drawn.
@@ -258,7 +265,7 @@ def train_unet(steps: int, batch: int, device: str) -> None:
     text_encoder = CLIPTextEncoder.from_pretrained(WEIGHTS / "text_encoder").to(device)
     write_scheduler(WEIGHTS)
     scheduler = Scheduler.from_pretrained(WEIGHTS / "scheduler")
-    unet = UNet(config_from(UNetConfig, UNET_CONFIG)).to(memory_format=torch.channels_last)
+    unet = begun(UNet(config_from(UNetConfig, UNET_CONFIG)), "unet", go_on).to(memory_format=torch.channels_last)
     snr = scheduler.alphas_cumprod.to(device) / (1 - scheduler.alphas_cumprod.to(device))
     weight = snr.clamp(max=5) / snr
 
@@ -289,10 +296,10 @@ PARTS = {
     "vae": (train_vae, 5200, 16),
     "vae-full": (partial(train_vae, stage="vae-full"), 1200, 4),
     "vae-decoder": (partial(train_vae, stage="vae-decoder"), 2000, 4),
-    "clip": (train_clip, 1900, 96),
-    "align": (train_align, 1200, 96),
-    "dino": (train_dino, 1000, 96),
-    "unet": (train_unet, 8000, 32),
+    "clip": (train_clip, 2500, 96),
+    "align": (train_align, 1350, 96),
+    "dino": (train_dino, 500, 96),
+    "unet": (train_unet, 4000, 32),
 }
 
 if __name__ == "__main__":
@@ -300,10 +307,11 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=["data", *PARTS])
     parser.add_argument("--steps", type=int, help="gradient steps (data: drawings)")
     parser.add_argument("--batch", type=int, help="samples a step")
+    parser.add_argument("--go-on", action="store_true", help="start from the weights in weights/toy, not from nothing")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     if args.part == "data":
         make_data(args.steps or 32000)
     else:
         train, steps, batch = PARTS[args.part]
-        train(args.steps or steps, args.batch or batch, args.device)
+        train(args.steps or steps, args.batch or batch, args.device, args.go_on)
