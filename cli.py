@@ -75,7 +75,7 @@ def device(name: str | None) -> torch.device:
 
 def base_name(base: Path) -> str:
     """A base model's folder as a checkpoint names it: "weights/toy" for the embedded one, wherever the project lies."""
-    return "weights/toy" if base.resolve() == EMBEDDED_BASE.resolve() else str(base)
+    return "weights/toy" if base.resolve() == EMBEDDED_BASE.resolve() else str(base.resolve())
 
 
 def base_folder(name: str) -> Path:

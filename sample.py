@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -111,6 +112,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         return run(args)
+    except torch.OutOfMemoryError:
+        return cli.fail("the GPU's memory is full: use a smaller --batch or --size")
     except (ValueError, OSError) as error:
         return cli.fail(error)
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
     python train.py --subject data/dog --steps 400                        # the embedded base, minutes on a laptop
     python train.py --subject my_dog --noun dog --base stable-diffusion   # a folder with public weights
-    python train.py --subject data/dog --resume                           # go on after an interruption
+    python train.py --subject data/dog --resume                           # go on, with the same flags as before
 
 Writes best.safetensors (the U-Net of the best validation, in the public layout), best.jsonl (the history, a line a step
 or validation) and best.png (the film strip); --ckpt moves all of them.
@@ -37,7 +37,7 @@ from subject import Subject, load_photos, load_subject
 
 VERSION = "0.1.0"
 STATE = ".state.pt"  # the ending of what --resume needs, beside the checkpoint
-# The paper's settings (table 4). A base's rpo.json may recommend others; what the command line says wins.
+# The paper's settings (table 4), and our own solver steps. A base's rpo.json may recommend others; flags win.
 PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "solver_steps": 20}
 
 
@@ -53,6 +53,7 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, subject: Subject, sd: StableDiffusion, align: ALIGN):
         self.args, self.subject, self.sd = args, subject, sd
         self.best_step, self.best_reward, self.stale, self.first_step = None, -math.inf, 0, 1
+        self.saved = False  # is there something to resume from?
         self.history: list[dict] = []
         self.strip: list[tuple[int, float, list[Image.Image]]] = []  # step, reward, one picture a prompt
         self.photos = load_photos(subject, sd.image_size)
@@ -191,6 +192,7 @@ class Trainer:
             "strip": [(s, r, torch.from_numpy(np.stack([np.asarray(p) for p in row]))) for s, r, row in self.strip],
         }
         cli.write_whole(self.args.ckpt.with_suffix(STATE), lambda path: torch.save(state, path))
+        self.saved = True
 
     def load_state(self) -> None:
         """Raises CheckpointError if the state is broken, or of a run with other settings, which it names."""
@@ -203,7 +205,7 @@ class Trainer:
                 self.unet.load_state_dict(state["unet"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.best_step, self.best_reward, self.stale = state["best"]
-                self.first_step, self.history = state["step"] + 1, state["history"]
+                self.first_step, self.history, self.saved = state["step"] + 1, state["history"], True
                 self.strip = [(s, r, [Image.fromarray(p) for p in row.numpy()]) for s, r, row in state["strip"]]
         except Exception as error:  # torch raises many kinds for a broken file
             raise CheckpointError(f"{path} is broken ({type(error).__name__}): drop --resume to start anew") from None
@@ -228,7 +230,8 @@ def settle(args: argparse.Namespace, recommended: dict) -> None:
     for name, paper in PAPER.items():
         source = "command line"
         if getattr(args, name) is None:
-            source = "this base's recommendation" if name in recommended else "the paper"
+            source = "our default" if name == "solver_steps" else "the paper"
+            source = "this base's recommendation" if name in recommended else source
             setattr(args, name, cli.recommended(recommended, name, paper, f"{args.base / 'rpo.json'}"))
         print(f"  {name:18} {getattr(args, name):<8g} {source}")
 
@@ -244,7 +247,9 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not args.ckpt.with_suffix(STATE).is_file():
         raise ValueError(f"there is nothing to resume: {args.ckpt.with_suffix(STATE)} is missing")
     if args.ckpt.exists() and not args.resume:
-        print(f"{args.ckpt} exists and will be replaced at the first validation; --ckpt NAME keeps it")
+        print(f"{args.ckpt} exists and will be replaced at the first validation after step 0; --ckpt NAME keeps it")
+    if args.ckpt.with_suffix(STATE).exists() and not args.resume:
+        print(f"{args.ckpt.with_suffix(STATE)} is of an interrupted run and will be replaced; --resume goes on with it")
 
     prompts = f"prompts of {'living subjects' if subject.live else 'things'}"
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
@@ -254,17 +259,21 @@ def run(args: argparse.Namespace) -> int:
     print(f"base {cli.base_name(args.base)} on {device}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
     settle(args, sd.recommended)
-    cli.check_writable(args.ckpt, 16 * parameters)  # the checkpoint and the state: fp32, with AdamW's two averages
+    # Checkpoint and state (fp32, with AdamW's two averages), and the new state beside the old while it is written.
+    cli.check_writable(args.ckpt, 28 * parameters)
 
     trainer = Trainer(args, subject, sd, align)
     if args.resume:
         trainer.load_state()
-        print(f"going on after step {trainer.first_step - 1}")
+        print(f"going on after step {(done := trainer.first_step - 1)}")
+        if done > args.steps:
+            raise ValueError(f"the interrupted run has done {done} steps already: give --steps of at least that")
     try:
         trainer.prepare()
         trainer.train()
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {trainer.summary()}; --resume goes on from the last validation")
+        hint = "--resume goes on from the last validation" if trainer.saved else "start again"
+        print(f"\ninterrupted: {trainer.summary()}; {hint}")
         return 130
     args.ckpt.with_suffix(STATE).unlink(missing_ok=True)
     print(trainer.summary())
@@ -299,6 +308,8 @@ def main() -> int:
         parser.error(f"--ckpt {args.ckpt} should end in .safetensors")
     try:
         return run(args)
+    except torch.OutOfMemoryError:
+        return cli.fail("the GPU's memory is full: use a smaller --batch, or a larger GPU")
     except (ValueError, OSError, FloatingPointError) as error:
         return cli.fail(error)
     except KeyboardInterrupt:

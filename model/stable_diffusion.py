@@ -36,7 +36,7 @@ class StableDiffusion:
         recommended: dict | None = None,
         device: str | torch.device = "cpu",
     ):
-        """`recommended`: settings for train.py and sample.py that suit this base, such as {"lr": 1e-4}.
+        """`recommended`: settings for train.py and sample.py that suit this base, such as {"lr": 3e-5}.
 
         Raises CheckpointError if the parts do not fit together.
         """

@@ -486,6 +486,39 @@ def test_broken_state_is_refused(run, interrupted, capsys, spoil):
     assert STATE in error_line(capsys)
 
 
+def test_resume_to_fewer_steps_than_are_done_is_refused_and_loses_nothing(run, interrupted, capsys):
+    before = {path: path.read_bytes() for path in interrupted.iterdir()}
+    capsys.readouterr()
+    assert run("--resume", "--steps", 1) == 2
+    assert "2 steps already" in error_line(capsys)
+    assert {path: path.read_bytes() for path in interrupted.iterdir()} == before
+
+
+def test_a_new_run_over_an_interrupted_one_says_so(run, interrupted, capsys):
+    capsys.readouterr()
+    assert run() == 0
+    assert f"{STATE} is of an interrupted run" in capsys.readouterr().out
+
+
+def test_interrupted_while_drawing_negatives_promises_nothing(run, tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "draw", interrupt)
+    assert run() == 130
+    assert "start again" in capsys.readouterr().out
+    assert files_in(tmp_path) == []
+
+
+def test_a_full_gpu_is_one_line(run, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.Trainer, "prepare", full)
+    assert run() == 2
+    assert "--batch" in error_line(capsys)
+
+
 def test_nothing_to_resume(run, tmp_path, capsys):
     assert run("--resume") == 2
     assert "nothing to resume" in error_line(capsys)
@@ -628,7 +661,7 @@ def test_defaults_are_the_papers(settings, world):
     expected |= {"images_per_prompt": 4, "validate_every": 40, "solver_steps": 20, "seed": 0, "patience": None}
     expected |= {"token": "[V]", "ckpt": Path("best.safetensors")}
     assert {name: getattr(args, name) for name in expected} == expected
-    assert out.count("the paper") == 5
+    assert out.count("the paper") == 4
 
 
 def test_a_base_recommends_and_the_command_line_wins(settings, base):
@@ -637,7 +670,7 @@ def test_a_base_recommends_and_the_command_line_wins(settings, base):
     assert (args.lr, args.batch, args.guidance, args.solver_steps) == (1e-4, 3, 3, 20)
     sources = {line.split()[0]: " ".join(line.split()[2:]) for line in out.splitlines() if line.startswith("  ")}
     assert sources["lr"] == sources["guidance"] == "this base's recommendation"
-    assert sources["batch"] == "command line" and sources["solver_steps"] == "the paper"
+    assert sources["batch"] == "command line" and sources["solver_steps"] == "our default"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Train every network of weights/toy from nothing, one command each, in this order:
 
-    python -m toy.pretrain data            # draw the training pictures (2 minutes)
+    python -m toy.pretrain data            # draw the training pictures (a minute)
     python -m toy.pretrain vae             # the U-Net learns in its latents, so train it first and long
     python -m toy.pretrain vae-full        # whole pictures instead of crops
     python -m toy.pretrain clip            # its text tower conditions the U-Net

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the runs go (default: runs)")
     parser.add_argument("--images", type=int, default=2, help="pictures a test prompt (default: 2)")
-    args, more = parser.parse_known_args()  # what is left goes to train.py
+    args = parser.parse_args()
 
     subject = load_subject(args.subject)
     sd = StableDiffusion.from_pretrained(WEIGHTS)
@@ -81,7 +81,8 @@ def main() -> None:
     rows = []
     for seed in args.seeds:
         ckpt, start = args.out / f"seed{seed}.safetensors", time.time()
-        if not ckpt.with_suffix(".png").exists():
+        unfinished = ckpt.with_suffix(".state.pt").exists()
+        if unfinished or not ckpt.exists():
             command = [
                 sys.executable,
                 ROOT / "train.py",
@@ -92,7 +93,7 @@ def main() -> None:
                 "--seed",
                 str(seed),
             ]
-            subprocess.run([*command, *more], check=True)
+            subprocess.run([*command, "--resume"] if unfinished else command, check=True)
         seconds = time.time() - start
         history = [json.loads(line) for line in ckpt.with_suffix(".jsonl").read_text().splitlines()]
         validations = [entry for entry in history if "reward" in entry]
