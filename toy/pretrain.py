@@ -298,7 +298,7 @@ PARTS = {
     "vae-decoder": (partial(train_vae, stage="vae-decoder"), 2000, 4),
     "clip": (train_clip, 2500, 96),
     "align": (train_align, 1350, 96),
-    "dino": (train_dino, 500, 96),
+    "dino": (train_dino, 2000, 96),
     "unet": (train_unet, 4000, 32),
 }
 
