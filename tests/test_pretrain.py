@@ -1,9 +1,12 @@
 """The training loop of the embedded base: it learns, and a resumed run ends as an unbroken one does."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
+from model.vae import VAE, VAEConfig
 from toy import data, loop, pretrain
 
 
@@ -64,3 +67,30 @@ def test_contrast_is_lowest_for_partners_and_leaves_out_possible_ones():
     alone, right = pretrain.contrast(twins, twins, 0.1, same)
     assert alone < pretrain.contrast(twins, twins, 0.1)[0]
     assert right == 1.0
+
+
+def test_latents_are_kept_only_while_drawings_and_encoder_are_the_same(tmp_path):
+    sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    vae = VAE(VAEConfig(**sizes)).requires_grad_(False)
+
+    class Drawings:
+        asked = 0
+
+        def pixels(self, indices):
+            self.asked += 1
+            return torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16).expand(len(indices), -1, -1, -1)
+
+    drawings, path = Drawings(), tmp_path / "drawings.npy"
+    path.touch()
+    first, _ = data.encoded(drawings, vae, "cpu", 2)
+    assert torch.equal(data.encoded(drawings, vae, "cpu", 2)[0], first)
+    assert drawings.asked == 1
+    vae.decoder.conv_in.bias += 1  # other pictures, the same latents
+    data.encoded(drawings, vae, "cpu", 2)
+    assert drawings.asked == 1
+    vae.quant_conv.bias += 1  # as after another training of the VAE
+    assert not torch.equal(data.encoded(drawings, vae, "cpu", 2)[0], first)
+    assert drawings.asked == 2
+    os.utime(path, ns=(1, 1))  # drawn anew
+    data.encoded(drawings, vae, "cpu", 2)
+    assert drawings.asked == 3

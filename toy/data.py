@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.vae import VAE
-from model.weights import save_tensors
+from model.weights import read_metadata, save_tensors
 from toy import world
 
 CACHE = Path(__file__).parent / "cache"
@@ -85,15 +86,23 @@ class Data:
 
 @torch.no_grad()
 def encoded(data: Data, vae: VAE, device: str, count: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the first drawings' latents, scaled, in half precision; kept in toy/cache."""
+    """Mean and standard deviation of the first drawings' latents, scaled, in half precision.
+
+    Kept in toy/cache for as long as the drawings and the encoder that made them are the same.
+    """
     path, scale = CACHE / "latents.safetensors", vae.config.scaling_factor
-    if not path.exists() or len(load_file(path)["mean"]) != count:
+    made_by = hashlib.sha256(f"{count} {scale} {(CACHE / 'drawings.npy').stat().st_mtime_ns}".encode())
+    for module in (vae.encoder, vae.quant_conv):
+        for tensor in module.state_dict().values():
+            made_by.update(tensor.cpu().contiguous().numpy().tobytes())
+    key = {"made_by": made_by.hexdigest()}
+    if not path.exists() or read_metadata(path) != key:
         means, stds = [], []
         for start in tqdm(range(0, count, 64), desc="encoding"):
             with torch.autocast(device, torch.bfloat16):
                 mean, logvar = vae.encode(data.pixels(range(start, min(start + 64, count))))
             means.append((scale * mean.float()).half())
             stds.append((scale * torch.exp(0.5 * logvar.float())).half())
-        save_tensors({"mean": torch.cat(means), "std": torch.cat(stds)}, path)
+        save_tensors({"mean": torch.cat(means), "std": torch.cat(stds)}, path, key)
     latents = load_file(path, device)
     return latents["mean"], latents["std"]
