@@ -1,13 +1,14 @@
 """The training loop of the embedded base: it learns, and a resumed run ends as an unbroken one does."""
 
-import os
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from model.vae import VAE, VAEConfig
-from toy import data, loop, pretrain
+from toy import data, loop, pretrain, world
 
 
 @pytest.fixture(autouse=True)
@@ -69,19 +70,18 @@ def test_contrast_is_lowest_for_partners_and_leaves_out_possible_ones():
     assert right == 1.0
 
 
-def test_latents_are_kept_only_while_drawings_and_encoder_are_the_same(tmp_path):
+def test_latents_are_kept_only_while_drawings_and_encoder_are_the_same():
     sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
     vae = VAE(VAEConfig(**sizes)).requires_grad_(False)
 
     class Drawings:
-        asked = 0
+        asked, images = 0, np.zeros((2, 16, 16, 3), np.uint8)
 
         def pixels(self, indices):
             self.asked += 1
             return torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16).expand(len(indices), -1, -1, -1)
 
-    drawings, path = Drawings(), tmp_path / "drawings.npy"
-    path.touch()
+    drawings = Drawings()
     first, _ = data.encoded(drawings, vae, "cpu", 2)
     assert torch.equal(data.encoded(drawings, vae, "cpu", 2)[0], first)
     assert drawings.asked == 1
@@ -91,6 +91,29 @@ def test_latents_are_kept_only_while_drawings_and_encoder_are_the_same(tmp_path)
     vae.quant_conv.bias += 1  # as after another training of the VAE
     assert not torch.equal(data.encoded(drawings, vae, "cpu", 2)[0], first)
     assert drawings.asked == 2
-    os.utime(path, ns=(1, 1))  # drawn anew
+    drawings.images = drawings.images + 1  # drawn anew
     data.encoded(drawings, vae, "cpu", 2)
     assert drawings.asked == 3
+
+
+def test_other_kinds_exchange_the_noun_and_nothing_else():
+    """The clothes may name a kind too: "glasses"."""
+    texts = ["a dog wearing pink glasses", "a photo of a stuffed animal", "an orange boot with a blue trim on the Moon"]
+    rests = [("a ", " wearing pink glasses"), ("a photo of a ", ""), ("an orange ", " with a blue trim on the Moon")]
+    for seed in range(20):
+        for text, swapped, (before, after) in zip(
+            texts, pretrain.other_kinds(texts, random.Random(seed)), rests, strict=True
+        ):
+            assert swapped != text
+            assert swapped.startswith(before) and swapped.endswith(after)
+            assert swapped.removeprefix(before).removesuffix(after) in world.KINDS
+
+
+def test_tell_kinds_is_low_where_the_kind_and_the_caption_are_nearest():
+    names = torch.eye(len(world.KINDS))
+    texts = ["a cat on the beach", "a boot on the beach"]
+    image = names[[world.KINDS.index("cat"), world.KINDS.index("boot")]]
+    loss, right = pretrain.tell_kinds(image, image, -image, names, texts, 0.1)
+    assert right == 1.0 and loss < 0.01
+    other, right = pretrain.tell_kinds(image.flip(0), image, image, names, texts, 0.1)
+    assert right == 0.0 and other > 5

@@ -63,6 +63,13 @@ class Data:
     def __len__(self) -> int:
         return len(self.images)
 
+    def by_kind(self, count: int | None = None) -> list[list[int]]:
+        """The first `count` drawings (default: all) sorted by what they show, in the order of world.KINDS."""
+        groups = [[] for _ in world.KINDS]
+        for index in range(0, count or len(self), 4):
+            groups[world.KINDS.index(world.training_subject(index // 4).subject.kind)] += range(index, index + 4)
+        return groups
+
     def by_phrase(self) -> list[list[int]]:
         """The drawings sorted by what their captions say of the scene, the clothes or the look."""
         groups = defaultdict(list)
@@ -86,12 +93,12 @@ class Data:
 
 @torch.no_grad()
 def encoded(data: Data, vae: VAE, device: str, count: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the first drawings' latents, scaled, in half precision.
+    """Mean and standard deviation of the first `count` drawings' latents, scaled, in half precision.
 
     Kept in toy/cache for as long as the drawings and the encoder that made them are the same.
     """
     path, scale = CACHE / "latents.safetensors", vae.config.scaling_factor
-    made_by = hashlib.sha256(f"{count} {scale} {(CACHE / 'drawings.npy').stat().st_mtime_ns}".encode())
+    made_by = hashlib.sha256(f"{count} {scale}".encode() + data.images[:64].tobytes())
     for module in (vae.encoder, vae.quant_conv):
         for tensor in module.state_dict().values():
             made_by.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -4,6 +4,7 @@
     python -m toy.pretrain vae             # the U-Net learns in its latents, so train it first and long
     python -m toy.pretrain vae-full        # whole pictures instead of crops
     python -m toy.pretrain clip            # its text tower conditions the U-Net
+    python -m toy.pretrain clip-pictures   # optional: a better metric, the same text tower
     python -m toy.pretrain align           # the reward
     python -m toy.pretrain dino            # a metric
     python -m toy.pretrain unet
@@ -56,7 +57,8 @@ from toy.networks import (
     write_scheduler,
 )
 
-KINDS_LONGEST_FIRST = sorted(world.KINDS, key=len, reverse=True)
+KIND = re.compile(rf"\b({'|'.join(world.KINDS)})\b")  # in a caption it stands before all else that could match
+NAMES = [f"a photo of a {kind}" for kind in world.KINDS]
 
 
 # ---------------------------------------------------------------------------------------------------- the VAE
@@ -122,30 +124,31 @@ def contrast(a: Tensor, b: Tensor, temperature: Tensor | float, same: Tensor | N
     return loss, (logits.argmax(1) == target).float().mean().item()
 
 
-def crowd(groups: list[list[int]], count: int, rng: random.Random) -> list[int]:
-    """A batch of drawings: half are of four phrases only, so that the subjects too must be told apart."""
-    few = [rng.choice(group) for group in rng.sample(groups, 4) for _ in range(count // 8)]
-    return few + [rng.choice(rng.choice(groups)) for _ in range(count - len(few))]
+def crowd(phrases: list[list[int]], kinds: list[list[int]], count: int, rng: random.Random) -> list[int]:
+    """A batch of drawings: half are of four phrases only, so that the subjects must be told apart; half of any kind."""
+    few = [rng.choice(group) for group in rng.sample(phrases, 4) for _ in range(count // 8)]
+    return few + [rng.choice(rng.choice(kinds)) for _ in range(count - len(few))]
 
 
-def other_kinds(texts: list[str], rng: random.Random, count: int = 3) -> list[str]:
-    """Each caption `count` times with another kind in the place of its own: the words of one text stand together."""
-    swapped = []
-    for text in texts:
-        kind = next(kind for kind in KINDS_LONGEST_FIRST if re.search(rf"\b{kind}\b", text))
-        others = rng.sample([other for other in world.KINDS if other != kind], count)
-        swapped += [re.sub(rf"\b{kind}\b", other, text, count=1) for other in others]
-    return swapped
+def other_kinds(texts: list[str], rng: random.Random) -> list[str]:
+    """Each caption with another kind in the place of its own."""
+    return [KIND.sub(lambda own: rng.choice([kind for kind in world.KINDS if kind != own[0]]), t, 1) for t in texts]
 
 
-def tell_kinds(image: Tensor, text: Tensor, swapped: Tensor, temperature: Tensor) -> Tensor:
-    """Is a picture nearer to its caption than to the same words about another kind? (NegCLIP, arXiv 2210.01936)
+def tell_kinds(
+    image: Tensor, text: Tensor, swapped: Tensor, names: Tensor, texts: list[str], temperature: Tensor
+) -> tuple[Tensor, float]:
+    """What is in the picture: its kind among the names of all kinds, and its caption against the swapped one.
 
     A batch holds few pictures of the same scene, colours and clothes, so that the kind alone would hardly be learned.
+    The second term is NegCLIP's (arXiv 2210.01936). Also returns how often the kind is right.
     """
-    choices = torch.cat([text[:, None], swapped.unflatten(0, (len(text), -1))], dim=1)  # (n, 1 + count, width)
-    logits = F.cosine_similarity(image.float()[:, None], choices.float(), dim=2) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(image), dtype=torch.long, device=image.device))
+    image, text, swapped, names = (F.normalize(part.float(), dim=1) for part in (image, text, swapped, names))
+    kinds = torch.tensor([world.KINDS.index(KIND.search(text)[0]) for text in texts], device=image.device)
+    logits = image @ names.T / temperature
+    apart = (image * (text - swapped)).sum(1) / temperature
+    right = (logits.argmax(1) == kinds).float().mean().item()
+    return F.cross_entropy(logits, kinds) + F.softplus(-apart).mean(), right
 
 
 def equal_texts(texts: list[str], device: str) -> Tensor:
@@ -161,27 +164,33 @@ def standardized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
     return (pixels / 2 + 0.5 - mean) / std
 
 
-def train_clip(steps: int, batch: int, device: str, go_on: bool = False) -> None:
-    """Pictures against captions. Its text tower becomes the text encoder; the whole is a metric."""
+def train_clip(steps: int, batch: int, device: str, go_on: bool = False, stage: str = "clip") -> None:
+    """Pictures against captions. Its text tower becomes the text encoder; the whole is a metric.
+
+    Stage "clip-pictures" goes on with all but the text tower, which leaves the text encoder, and the U-Net, valid.
+    """
     data = Data(device)
-    write_clip_tokenizer(data.captions, WEIGHTS / "tokenizer")
+    go_on = go_on or stage == "clip-pictures"
+    if not go_on:
+        write_clip_tokenizer(data.captions, WEIGHTS / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
     config = clip_config(len(tokenizer.cutter.get_vocab()), tokenizer.last_id)
     clip = begun(CLIP(config_from(CLIPConfig, config)), "metrics/clip", go_on)
-    groups = data.by_phrase()
+    phrases, all_kinds = data.by_phrase(), data.by_kind()
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(step)
-        chosen = crowd(groups, batch, rng)
+        chosen = crowd(phrases, all_kinds, batch, rng)
         texts = [rng.choice(data.captions[i]) for i in chosen]
         pixels = standardized(data.pixels(chosen), clip.pictures.image_mean, clip.pictures.image_std)
-        ids = tokenizer(texts + other_kinds(texts, rng)).to(device)
+        ids = tokenizer(texts + other_kinds(texts, rng) + NAMES).to(device)
         ids = ids[:, : int((ids != tokenizer.pad_id).sum(1).max()) + 1]  # causal: what follows the end changes nothing
-        image, (text, swapped) = clip.image_features(pixels), clip.text_features(ids).tensor_split([batch])
+        image = clip.image_features(pixels)
+        text, swapped, names = clip.text_features(ids).split([batch, batch, len(NAMES)])
         temperature = torch.exp(-clip.logit_scale.clamp(max=math.log(100)))
         loss, right = contrast(image, text, temperature, equal_texts(texts, device))
-        kinds = tell_kinds(image, text, swapped, temperature)
-        return loss + kinds, {"loss": loss.item(), "right": right, "kinds": kinds.item()}
+        kinds, named = tell_kinds(image, text, swapped, names, texts, temperature)
+        return loss + kinds, {"loss": loss.item(), "right": right, "kinds": kinds.item(), "named": named}
 
     def save(tensors: dict[str, Tensor]) -> None:
         write_part(WEIGHTS / "metrics" / "clip", config, tensors, "model.safetensors", PREPROCESSORS["clip"])
@@ -189,7 +198,8 @@ def train_clip(steps: int, batch: int, device: str, go_on: bool = False) -> None
         text = {name: tensor for name, tensor in tensors.items() if name.startswith("text_model.")}
         write_part(WEIGHTS / "text_encoder", text_encoder_config(config), text, "model.safetensors")
 
-    fit("clip", clip, loss_of, steps, 1e-3, device, save, weight_decay=0.05)
+    fixed = [clip.text_model] if stage == "clip-pictures" else []
+    fit(stage, clip, loss_of, steps, 1e-3, device, save, weight_decay=0.05, fixed=fixed)
 
 
 def two_of_each(data: Data, count: int, rng: random.Random) -> tuple[list[int], list[int]]:
@@ -204,7 +214,8 @@ def two_of_each(data: Data, count: int, rng: random.Random) -> tuple[list[int], 
 def train_align(steps: int, batch: int, device: str, go_on: bool = False) -> None:
     """Pictures against captions, and two drawings of one subject against other subjects."""
     data = Data(device)
-    write_bert_tokenizer(data.captions, WEIGHTS / "reward")
+    if not go_on:
+        write_bert_tokenizer(data.captions, WEIGHTS / "reward")
     tokenizer = BertTokenizer.from_pretrained(WEIGHTS / "reward")
     config = align_config(len(tokenizer.cutter.get_vocab()))
     align = begun(ALIGN(ALIGNConfig.from_json(config)), "reward", go_on).to(memory_format=torch.channels_last)
@@ -216,14 +227,15 @@ def train_align(steps: int, batch: int, device: str, go_on: bool = False) -> Non
         texts = [rng.choice(data.captions[i]) for i in ones + others]
         pixels = F.interpolate(data.pixels(ones + others), size=(side, side), mode="bilinear", antialias=True)
         image = align.image_features(pixels.contiguous(memory_format=torch.channels_last))
-        ids, mask = tokenizer(texts + other_kinds(texts, rng))
+        ids, mask = tokenizer(texts + other_kinds(texts, rng) + NAMES)
         ids, mask = ids[:, : int(mask.sum(1).max())], mask[:, : int(mask.sum(1).max())]
-        text, swapped = align.text_features(ids.to(device), mask.to(device)).tensor_split([batch])
+        text = align.text_features(ids.to(device), mask.to(device))
+        text, swapped, names = text.split([batch, batch, len(NAMES)])
         temperature = align.temperature.clamp(min=0.01)
         matching, right = contrast(image, text, temperature, equal_texts(texts, device))
-        kinds = tell_kinds(image, text, swapped, temperature)
+        kinds, named = tell_kinds(image, text, swapped, names, texts, temperature)
         identity, same = contrast(*image.chunk(2), temperature)
-        parts = {"loss": matching.item(), "right": right, "kinds": kinds.item(), "same": same}
+        parts = {"loss": matching.item(), "right": right, "kinds": kinds.item(), "named": named, "same": same}
         return matching + kinds + identity, parts
 
     def save(tensors: dict[str, Tensor]) -> None:
@@ -255,12 +267,14 @@ def train_dino(steps: int, batch: int, device: str, go_on: bool = False) -> None
 def train_unet(steps: int, batch: int, device: str, go_on: bool = False) -> None:
     """ε-prediction in the latents (DDPM, arXiv 2006.11239, eq. 14); one caption in ten is empty, for guidance.
 
+    Half of a batch is drawn evenly from the kinds: the stream shows a dog four times as often as a boot.
     Min-SNR weights (arXiv 2303.09556): a small budget goes to the noise levels that decide what is drawn.
     """
     data = Data(device)
     vae = VAE.from_pretrained(WEIGHTS / "vae").to(device, memory_format=torch.channels_last)
-    count = len(data) if device != "cpu" else min(len(data), 16_384)  # two cores see each of them eight times
+    count = len(data) if device != "cpu" else min(len(data), 32_000)
     means, stds = encoded(data, vae, device, count)
+    kinds = data.by_kind(count)
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
     text_encoder = CLIPTextEncoder.from_pretrained(WEIGHTS / "text_encoder").to(device)
     write_scheduler(WEIGHTS)
@@ -271,7 +285,7 @@ def train_unet(steps: int, batch: int, device: str, go_on: bool = False) -> None
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(step)
-        chosen = [rng.randrange(count) for _ in range(batch)]
+        chosen = [rng.choice(rng.choice(kinds)) if i % 2 else rng.randrange(count) for i in range(batch)]
         texts = ["" if rng.random() < 0.1 else rng.choice(data.captions[i]) for i in chosen]
         with torch.no_grad():
             context = text_encoder(tokenizer(texts).to(device))
@@ -297,6 +311,7 @@ PARTS = {
     "vae-full": (partial(train_vae, stage="vae-full"), 1200, 4),
     "vae-decoder": (partial(train_vae, stage="vae-decoder"), 2000, 4),
     "clip": (train_clip, 2500, 96),
+    "clip-pictures": (partial(train_clip, stage="clip-pictures"), 2000, 96),
     "align": (train_align, 1350, 96),
     "dino": (train_dino, 2000, 96),
     "unet": (train_unet, 4000, 32),
@@ -311,7 +326,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     if args.part == "data":
-        make_data(args.steps or 32000)
+        make_data(args.steps or 128_000)
     else:
         train, steps, batch = PARTS[args.part]
         train(args.steps or steps, args.batch or batch, args.device, args.go_on)

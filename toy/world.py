@@ -160,9 +160,13 @@ def random_picture(kind: str, rng: random.Random) -> Picture:
     return Picture(scene=scene)
 
 
+def article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
 def caption(named: Named, picture: Picture, rng: random.Random) -> str:
     """The picture in DreamBench's words, half of the time with what tells this subject from others."""
-    subject, words = named.subject, ["a"]
+    subject, words = named.subject, []
     detailed = rng.random() < 0.5
     if picture.look:
         words.append(picture.look)
@@ -174,20 +178,20 @@ def caption(named: Named, picture: Picture, rng: random.Random) -> str:
     if detailed:
         marking = {
             "plain": "",
-            "patch": f"a {named.second} patch",
+            "patch": f"{article(named.second)} {named.second} patch",
             "spots": f"{named.second} spots",
             "stripes": f"{named.second} stripes",
-            "split": f"a {named.second} half",
+            "split": f"{article(named.second)} {named.second} half",
         }[subject.marking]
-        trim = f"a {named.accent} {'collar' if is_live(subject.kind) else 'trim'}"
+        trim = f"{article(named.accent)} {named.accent} {'collar' if is_live(subject.kind) else 'trim'}"
         if picture.look in ("red", "purple", "green"):
             marking = ""
         words.append(f"with {marking} and {trim}" if marking else f"with {trim}")
     words += [phrase for phrase in (picture.outfit, picture.scene) if phrase]
     if picture.van_gogh:
         words.append(VAN_GOGH)
-    text = " ".join(words)
-    plain = len(words) <= 4 and not (picture.outfit or picture.scene or picture.van_gogh)
+    text = " ".join([article(words[0]), *words])
+    plain = len(words) <= 3 and not (picture.outfit or picture.scene or picture.van_gogh)
     return f"a photo of {text}" if (plain and rng.random() < 0.5) or rng.random() < 0.05 else text
 
 
