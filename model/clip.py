@@ -212,10 +212,11 @@ class CLIPTextEncoder(nn.Module):
         self.text_model = TextTower(config)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, dtype=torch.float32) -> CLIPTextEncoder:
-        """Frozen, in eval mode, on the CPU. Raises CheckpointError if the folder's files are missing or do not fit."""
+    def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> CLIPTextEncoder:
+        """Frozen, in eval mode, on the CPU; `variant`: as for `weights.find_weights`.
+        Raises CheckpointError if the folder's files are missing or do not fit."""
         config = weights.config_from(CLIPTextConfig, weights.read_json(Path(folder) / "config.json"))
-        return weights.load(cls, config, folder, dtype, _with_prefix)
+        return weights.load(cls, config, folder, dtype, _with_prefix, variant)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 (batch, 77) -> last hidden state (batch, 77, width), after the final layer norm."""

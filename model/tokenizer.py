@@ -61,27 +61,23 @@ class CLIPTokenizer(_Tokenizer):
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> CLIPTokenizer:
-        """Read vocab.json and merges.txt, and, if present, the padding token and the length from tokenizer_config.json
-        and special_tokens_map.json (which wins). Raises CheckpointError if a file is missing or garbled."""
+        """Read vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes instead, and, if present,
+        the padding token and the length from tokenizer_config.json and special_tokens_map.json (which wins).
+        Raises CheckpointError if a file is missing or garbled."""
         folder = Path(folder)
-        vocab = read_json(folder / "vocab.json")
-        if not all(isinstance(index, int) for index in vocab.values()):
-            raise CheckpointError(f"{folder / 'vocab.json'} should map tokens to whole numbers")
-        lines = [line for line in _lines(folder / "merges.txt") if line and not line.startswith("#version")]
-        merges = [tuple(line.split(" ")) for line in lines]
-        if bad := [" ".join(merge) for merge in merges if len(merge) != 2]:
-            raise CheckpointError(f"{folder / 'merges.txt'} should hold two symbols a line, not {bad[0][:40]!r}")
-
+        vocab, merges, described, source = _clip_vocabulary(folder)
         settings = _settings(folder)
         names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-        first, last, pad = special = [_added_token(settings.get(name) or names[name]) for name in names]
-        _require(vocab, [token.content for token in special], folder / "vocab.json")
+        special = [settings.get(name) or names[name] for name in names]
+        special = [described.get(entry, entry) if isinstance(entry, str) else entry for entry in special]
+        first, last, pad = special = [_added_token(entry) for entry in special]
+        _require(vocab, [token.content for token in special], source)
 
         rules = {"end_of_word_suffix": "</w>", "continuing_subword_prefix": "", "unk_token": last.content}
         try:
             cutter = Tokenizer(models.BPE(vocab, merges, **rules))
         except Exception as error:  # the library raises a bare Exception
-            raise CheckpointError(f"{folder}: vocab.json and merges.txt do not fit together: {error}") from None
+            raise CheckpointError(f"{folder}: the vocabulary and the merges do not fit together: {error}") from None
         cutter.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
@@ -138,6 +134,30 @@ def _lines(path: Path) -> list[str]:
         raise CheckpointError(f"{path} cannot be read as text: {error}") from None
 
 
+def _clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, dict], Path]:
+    """Tokens and their ids; the pairs to merge, best first; the objects by which tokenizer.json describes special
+    tokens, by their texts; the file that holds the tokens."""
+    vocab_file, merges_file, added = folder / "vocab.json", folder / "merges.txt", []
+    if vocab_file.is_file() or not (folder / "tokenizer.json").is_file():
+        vocab = read_json(vocab_file)
+        merges = [line for line in _lines(merges_file) if line and not line.startswith("#version")]
+    else:
+        vocab_file = merges_file = folder / "tokenizer.json"
+        content = read_json(vocab_file)
+        model, added = content.get("model"), content.get("added_tokens")
+        vocab, merges = (model.get(part) if isinstance(model, dict) else None for part in ("vocab", "merges"))
+    if not isinstance(vocab, dict) or not all(isinstance(index, int) for index in vocab.values()):
+        raise CheckpointError(f"{vocab_file} should map tokens to whole numbers")
+    if not isinstance(merges, list) or not all(isinstance(merge, (str, list)) for merge in merges):
+        raise CheckpointError(f"{merges_file} should hold a list of merges")
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    if bad := [" ".join(map(str, pair)) for pair in pairs if [*map(type, pair)] != [str, str]]:
+        raise CheckpointError(f"{merges_file} should hold two symbols a line, not {bad[0][:40]!r}")
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    described = {entry["content"]: entry for entry in entries if isinstance(entry.get("content"), str)}
+    return vocab, pairs, described, vocab_file
+
+
 def _settings(folder: Path) -> dict:
     """What the folder's optional files say about the tokenizer, the later file over the earlier."""
     files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
@@ -149,7 +169,7 @@ def _added_token(entry: str | dict) -> AddedToken:
     entry = {"content": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
         raise CheckpointError(f"a special token should be a text or an object with one, not {entry!r}")
-    return AddedToken(entry["content"], normalized=entry.get("normalized", False), special=True)
+    return AddedToken(entry["content"], normalized=entry.get("normalized") is True, special=True)
 
 
 def _require(vocab: dict[str, int], tokens: list[str], path: Path) -> None:

@@ -118,15 +118,19 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, dtype=torch.float32) -> UNet:
-        """The U-Net of a checkpoint's `unet` folder, frozen, on the CPU.
+    def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> UNet:
+        """The U-Net of a checkpoint's `unet` folder, frozen, on the CPU; `variant`: as for `weights.find_weights`.
 
         Raises CheckpointError if config.json asks for what SD 1.x and 2.x do not have, or if a tensor does not fit.
         """
         path = Path(folder) / "config.json"
         values = weights.read_json(path)
+        if values.get("addition_embed_type") == "text_time":
+            raise weights.CheckpointError(
+                f"{path} is of SDXL, which is not supported (addition_embed_type = 'text_time')"
+            )
         weights.refuse(values, FIXED, path)
-        return weights.load(cls, weights.config_from(UNetConfig, values), folder, dtype)
+        return weights.load(cls, weights.config_from(UNetConfig, values), folder, dtype, variant=variant)
 
     def forward(self, latents: Tensor, timestep: int | Tensor, context: Tensor) -> Tensor:
         """The prediction for noisy latents.

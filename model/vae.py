@@ -57,15 +57,15 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, dtype=torch.float32) -> VAE:
-        """The VAE of a checkpoint's `vae` folder, frozen, on the CPU.
+    def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> VAE:
+        """The VAE of a checkpoint's `vae` folder, frozen, on the CPU; `variant`: as for `weights.find_weights`.
 
         Raises CheckpointError if config.json asks for another kind of VAE, or if a tensor does not fit.
         """
         path = Path(folder) / "config.json"
         values = weights.read_json(path)
         weights.refuse(values, FIXED, path)
-        return weights.load(cls, weights.config_from(VAEConfig, values), folder, dtype, rename_old_attention)
+        return weights.load(cls, weights.config_from(VAEConfig, values), folder, dtype, rename_old_attention, variant)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> mean and log variance of z, each (B, 4, H/8, W/8), unscaled."""

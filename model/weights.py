@@ -2,6 +2,10 @@
 
 Modules are named after the public files' keys, so loading is a copy. A key that is missing, left over or of another
 shape is an error that names it: a network with a hole in it draws mush and tells nobody.
+
+Files are mapped, not copied: a network of the file's own precision takes the file's size in memory, and is not read
+from the disk before it is used. It outlives the file's deletion and its replacement by renaming, as `save_tensors`
+does it; what is written into its tensors never reaches the file.
 """
 
 from __future__ import annotations
@@ -9,10 +13,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
+import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -24,9 +28,32 @@ from torch import Tensor, nn
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
+Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
-# diffusers' name, transformers' name, and the form in which align-base and dino-vits16 are published.
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
+# Of diffusers, of transformers, and theirs of old: align-base and dino-vits16 are published as .bin.
+WEIGHT_FILES = ["diffusion_pytorch_model.safetensors", "model.safetensors"]
+WEIGHT_FILES += ["pytorch_model.bin", "diffusion_pytorch_model.bin"]
+
+# A variant, such as fp16 or non_ema, is a word in a file's name: X.fp16.safetensors. A file in shards is known by its
+# index, X.safetensors.index.json, whose variants are spelt X.safetensors.index.fp16.json, of old
+# X.safetensors.fp16.index.json. The shards, X.fp16-00001-of-00002.safetensors, do not match, for their hyphens.
+WEIGHT_NAME = re.compile(r"(\w+)(?:\.(\w+))?\.(safetensors|bin)((?:\.(\w+))?\.index(?:\.(\w+))?\.json)?")
+
+# A piece of a tensor's name that only one kind of file has. The first that is found decides.
+TELL_TALES = {
+    "lora_": "a LoRA, not a whole U-Net",
+    "_lora.": "a LoRA, not a whole U-Net",
+    "model.diffusion_model.label_emb.": "a whole SDXL model in one file, which is not supported",
+    "model.diffusion_model.": "a whole base model in one file, to be given as --base FILE",
+    "add_embedding.": "an SDXL U-Net, which is not supported",
+    "controlnet_": "a ControlNet",
+    "time_embedding.linear_1.": "a U-Net",
+    "decoder.conv_in.": "a VAE",
+    "vision_model.embeddings.convolution.": "ALIGN",
+    "vision_model.pre_layrnorm.": "CLIP, with both its towers",
+    "embeddings.token_embedding.": "a CLIP text encoder",
+    "embeddings.cls_token": "a vision transformer, such as DINO",
+}
 
 
 class CheckpointError(ValueError):
@@ -98,30 +125,84 @@ def refuse(values: dict, fixed: dict, path: Path) -> None:
             raise CheckpointError(f"{path}: {name} = {value!r} is not supported, only {only!r}")
 
 
-def find_weights(folder: Path) -> Path:
-    """The weight file of a network's folder. Raises CheckpointError if there is none."""
-    for name in WEIGHT_FILES:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    raise CheckpointError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}")
+def find_weights(folder: Path, variant: str | None = None) -> Path:
+    """The weight file of a network's folder, or the index of its shards; safetensors before .bin.
+
+    With no `variant` the plain file, or, if there is none, the only variant. Raises CheckpointError if there is none,
+    if there are several and none was asked for, or if the one asked for is not there: it says what is.
+    """
+    with _told(f"{folder} is no checkpoint folder"):
+        names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    found: dict[str, dict[str | None, Path]] = {"safetensors": {}, "bin": {}}  # by kind and variant
+    for index in (False, True):
+        for match in filter(None, map(WEIGHT_NAME.fullmatch, names)):
+            if f"{match[1]}.{match[3]}" in WEIGHT_FILES and bool(match[4]) == index:
+                found[match[3]].setdefault(match[2] or match[5] or match[6], Path(folder) / match[0])
+    for paths in found.values():
+        if variant in paths:
+            return paths[variant]
+        if variant is None and len(paths) > 1:
+            raise CheckpointError(f"{folder} holds {_some(sorted(paths))} weights: choose one of these with --variant")
+        if variant is None and paths:
+            return next(iter(paths.values()))
+    wanted = "none of " + ", ".join(WEIGHT_FILES) if variant is None else f"no weights of the variant {variant}"
+    raise CheckpointError(f"{folder} holds {wanted}, only {_some(names, most=6) or 'no file at all'}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU, or of a .bin file, whose pickle may hold tensors and no code.
+    """Every tensor, on the CPU, of a safetensors file, of a .bin file, or of all the shards that an index.json names.
 
-    Raises CheckpointError for a broken file.
+    A .bin file's pickle may hold tensors and no code. Raises CheckpointError for a broken file.
     """
-    if Path(path).suffix == ".bin":
-        with _told(f"{path} is not a whole file of tensors"):
-            try:
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
-            except (EOFError, pickle.UnpicklingError) as error:
-                raise CheckpointError(f"{path} is not a whole file of tensors: {error}") from None
-        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-            raise CheckpointError(f"{path} should hold named tensors and nothing else")
-        return tensors
+    path = Path(path)
+    if path.suffix == ".json":
+        return _read_shards(path)
+    if path.suffix == ".bin":
+        return _read_bin(path)
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index} should hold a weight_map that says in which file each tensor is")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or "\\" in name or not name.endswith((".safetensors", ".bin")):
+            raise CheckpointError(f"{index} names {name!r}, which is no weight file in its own folder")
+        shard = index.with_name(name)
+        with _told(f"{index} names {name!r}"):  # such as a name too long to be one
+            if not shard.is_file():
+                raise CheckpointError(f"{index} names {name}, which is missing")
+        read = read_tensors(shard)
+        if lacking := sorted(key for key, place in places.items() if place == name and key not in read):
+            raise CheckpointError(f"{shard} lacks {_some(lacking)}, which {index.name} says it holds")
+        if twice := sorted(read.keys() & tensors.keys()):
+            raise CheckpointError(f"{shard} holds {_some(twice)}, which another shard of {index.name} holds too")
+        tensors |= read
+    return tensors
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    _require_file(path)
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # torch's format since 2020; the older one cannot be mapped
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (OSError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is not a whole file of tensors: {why}") from None
+    except Exception as error:  # a garbled pickle fails in any way; an honest one in words that advise to run its code
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it asks for {code[1]}, and code is not run" if code else "its pickle is broken, or not torch's own"
+        raise CheckpointError(f"{path} is not a whole file of tensors: {why}") from None
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path} should hold named tensors and nothing else")
+    if odd := [name for name, each in tensors.items() if each.layout != torch.strided or each.device.type != "cpu"]:
+        raise CheckpointError(f"{path} holds tensors that are sparse, or have no numbers: {_some(odd)}")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -132,44 +213,66 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def _opened(path: Path):
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path} is missing, or is no file")
+    _require_file(Path(path))
     with _told(f"{path} is not a whole safetensors file"), safe_open(path, framework="pt") as file:
         yield file
 
 
-def load_tensors(network: nn.Module, tensors: dict[str, Tensor], source: Path | str, dtype=torch.float32) -> None:
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, or is no file")
+    with _told(f"{path} cannot be read"), open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise CheckpointError(f"{path} is not a whole weight file but Git LFS's note of one: run `git lfs pull`")
+
+
+def what_is(keys: Iterable[str]) -> str | None:
+    """What a file with these tensors is, such as "a VAE", if it is one of the public kinds."""
+    keys = list(keys)
+    return next((kind for piece, kind in TELL_TALES.items() if any(piece in key for key in keys)), None)
+
+
+def load_tensors(
+    network: nn.Module,
+    tensors: dict[str, Tensor],
+    source: Path | str,
+    dtype=torch.float32,
+    rename: Rename | None = None,
+) -> None:
     """Put `tensors` into `network`, which may live on the meta device; floating-point tensors are cast to `dtype`.
 
+    `rename` gives the tensors of a file in another spelling the network's own names.
     Raises CheckpointError, naming the first few keys, if any key is missing, extra, misshapen or of another kind, such
     as whole numbers for a weight. The `position_ids` that old files carry are a constant, not a weight, and are passed
     over.
     """
+    expected, problems, kind = network.state_dict(), [], what_is(tensors)
+    tensors = rename(tensors) if rename else tensors
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
-    expected = network.state_dict()
-    problems = []
     if missing := sorted(expected.keys() - tensors.keys()):
         problems.append(f"lacks {_some(missing)}")
     if extra := sorted(tensors.keys() - expected.keys()):
         problems.append(f"has unexpected {_some(extra)}")
-    shapes = [
-        f"{name} is {tuple(tensors[name].shape)} and should be {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tensors[name].shape != expected[name].shape
-    ]
-    if shapes:
+    both = [(name, tensors[name], expected[name]) for name in sorted(expected.keys() & tensors.keys())]
+    if shapes := [
+        f"{name} is {tuple(given.shape)} and should be {tuple(wanted.shape)}"
+        for name, given, wanted in both
+        if given.shape != wanted.shape
+    ]:
         problems.append(f"has other shapes: {_some(shapes)}")
-    kinds = [
-        f"{name} is {tensors[name].dtype} and should be like {expected[name].dtype}"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tensors[name].is_floating_point() != expected[name].is_floating_point()
-    ]
-    if kinds:
+    if kinds := [
+        f"{name} is {given.dtype} and should be like {wanted.dtype}"
+        for name, given, wanted in both
+        if given.is_floating_point() != wanted.is_floating_point()
+    ]:
         problems.append(f"has other kinds of numbers: {_some(kinds)}")
     if problems:
+        if kind and kind != what_is(expected):
+            problems.insert(0, f"is {kind}")
         raise CheckpointError(f"{source} does not fit {type(network).__name__}: it {'; it '.join(problems)}")
     with _told(f"{source} does not fit {type(network).__name__}"):  # such as a type that cannot be cast
-        cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        # Whole numbers are few: copied, they do not keep a file in memory whose every other tensor has been cast.
+        cast = {name: each.to(dtype) if each.is_floating_point() else each.clone() for name, each in tensors.items()}
         network.load_state_dict(cast, strict=True, assign=True)
 
 
@@ -178,19 +281,33 @@ def load(
     config: object,
     folder: Path,
     dtype=torch.float32,
-    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    rename: Rename | None = None,
+    variant: str | None = None,
 ) -> Network:
-    """Build `network_class(config)` and fill it from the folder's weight file; frozen and in eval mode, on the CPU.
+    """`build` with the tensors of the folder's weight file: of its `variant`, as for `find_weights`.
 
-    `rename` gives the tensors of a file in another spelling the network's own names.
-    Raises CheckpointError, as `find_weights`, `read_tensors` and `load_tensors` do, or if no network has that config.
+    Raises CheckpointError, as `find_weights`, `read_tensors` and `build` do.
     """
-    path = find_weights(folder)
-    tensors = read_tensors(path)
+    path = find_weights(folder, variant)
+    return build(network_class, config, read_tensors(path), path, dtype, rename)
+
+
+def build(
+    network_class: Callable[[object], Network],
+    config: object,
+    tensors: dict[str, Tensor],
+    source: Path | str,
+    dtype=torch.float32,
+    rename: Rename | None = None,
+) -> Network:
+    """`network_class(config)`, filled as by `load_tensors`; frozen and in eval mode, on the CPU.
+
+    Raises CheckpointError as `load_tensors` does, or if no network has that config.
+    """
     # On the meta device: no random initialisation, no second copy in memory.
-    with _told(f"{Path(folder) / 'config.json'} describes no possible network"), torch.device("meta"):
+    with _told(f"the configuration of {source} describes no possible network"), torch.device("meta"):
         network = network_class(config)
-    load_tensors(network, rename(tensors) if rename else tensors, path, dtype)
+    load_tensors(network, tensors, source, dtype, rename)
     return network.eval().requires_grad_(False)
 
 

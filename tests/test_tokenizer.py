@@ -182,6 +182,55 @@ def test_overflow(tmp_path):
         assert tokenizer.tokens(accents)[: len(kept)] == kept and len(kept) >= tokenizer.length - 2
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+@pytest.mark.parametrize("old", [False, True])
+def test_clip_from_tokenizer_json(tmp_path, pad, normalized, old):
+    """transformers 5 writes tokenizer.json and no vocab.json; files of before 2024 write a merge as one text."""
+    special = {"pad_token": "!"} if pad == "!" else {}
+    theirs = transformers.CLIPTokenizer.from_pretrained(save_clip(tmp_path / "old", normalized, **special))
+    folder = tmp_path / "new"
+    theirs.save_pretrained(folder)
+    assert not (folder / "vocab.json").exists()
+    if old:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    theirs = transformers.CLIPTokenizer.from_pretrained(folder)
+    expected = theirs(TEXTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids = CLIPTokenizer.from_pretrained(folder)(TEXTS)
+    wrong = [text for text, ours, right in zip(TEXTS, ids, expected, strict=True) if not torch.equal(ours, right)]
+    assert not wrong, wrong[:3]
+    assert torch.equal(ids, CLIPTokenizer.from_pretrained(tmp_path / "old")(TEXTS))
+    (folder / "tokenizer_config.json").unlink()
+    assert CLIPTokenizer.from_pretrained(folder).tokens("a dog") == theirs.tokenize("a dog")
+    assert CLIPTokenizer.from_pretrained(folder).pad_id == ids.max()  # CLIP's own
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "tokenizer.json cannot be read"),
+        ({"model": None}, "tokens to whole numbers"),
+        ({"model": {"vocab": [["a", 1.0]], "merges": []}}, "tokens to whole numbers"),
+        ({"model": {"vocab": {"a": 1}}}, "list of merges"),
+        ({"model": {"vocab": {"a": 1}, "merges": 5}}, "list of merges"),
+        ({"model": {"vocab": {"a": 1}, "merges": [5]}}, "list of merges"),
+        ({"model": {"vocab": {"a": 1}, "merges": [["a", "b", "c"]]}}, "two symbols a line, not 'a b c'"),
+        ({"model": {"vocab": {"a": 1}, "merges": [["a", 3]]}}, "two symbols a line, not 'a 3'"),
+        (
+            {"model": {"vocab": {"a": 1}, "merges": []}, "added_tokens": [5, {"content": []}]},
+            "tokenizer.json lacks <|startoftext|>, <|endoftext|>",
+        ),
+    ],
+)
+def test_clip_tokenizer_json_errors(tmp_path, change, message):
+    (tmp_path / "tokenizer.json").write_text(change if isinstance(change, str) else json.dumps(change))
+    with pytest.raises(CheckpointError) as error:
+        CLIPTokenizer.from_pretrained(tmp_path)
+    assert message in str(error.value) and "tokenizer.json" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_length_unset(tmp_path):
     """transformers writes 1e30 for "nobody said"."""
     folder = save_bert(tmp_path / "bert", model_max_length=1000000000000000019884624838656)
