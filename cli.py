@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -47,6 +48,11 @@ def positive(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def at_least_0(text: str) -> float:
+    """A number of at least 0."""
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
 def fraction(text: str) -> float:
     """A number in [0, 1]."""
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
@@ -73,6 +79,14 @@ def device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def add_base_flags(parser: argparse.ArgumentParser, default: Path | None, what: str) -> None:
+    """--base and how it is read."""
+    add = parser.add_argument
+    add("--base", type=Path, default=default, help=f"a folder with public weights, or a single file (default: {what})")
+    add("--variant", help="take *.VARIANT.safetensors, such as fp16 (default: the plain files, or the only ones)")
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the U-Net predicts (default: as it says)")
+
+
 def base_name(base: Path) -> str:
     """A base model's folder as a checkpoint names it: "weights/toy" for the embedded one, wherever the project lies."""
     return "weights/toy" if base.resolve() == EMBEDDED_BASE.resolve() else str(base.resolve())
@@ -83,13 +97,31 @@ def base_folder(name: str) -> Path:
     return EMBEDDED_BASE if name == "weights/toy" else Path(name)
 
 
-def recommended(settings: dict, name: str, default: float, source: str) -> float:
+def base_of(args: argparse.Namespace, ckpt: Path | None, header: dict) -> tuple[Path, str | None, str | None]:
+    """The base model meant, its variant and prediction type: the flags of `add_base_flags` win, then `ckpt`'s header.
+
+    Raises ValueError if the header has to say which base it is and does not, or that base is not there.
+    """
+    if ckpt is None or args.base:
+        return args.base or EMBEDDED_BASE, args.variant, args.prediction_type
+    name = header.get("base")
+    if not name:
+        raise ValueError(f"{ckpt} does not say which base model it belongs to: name it with --base")
+    if not base_folder(name).exists():
+        raise ValueError(f"{ckpt} belongs to the base model {name}, which is not there: name it with --base")
+    told = {"variant": args.variant, "prediction_type": args.prediction_type}
+    return base_folder(name), *(value or header.get(flag) for flag, value in told.items())
+
+
+def recommended(
+    settings: dict, name: str, default: float, source: str, kind: Callable[[str], float] | None = None
+) -> float:
     """The number called `name` in a base's or a checkpoint's settings, else the default, which says what kind it is.
 
     Raises ValueError, naming the `source` of the settings, for what is no such number.
     """
     try:
-        return (count if isinstance(default, int) else positive)(str(settings.get(name, default)))
+        return (kind or (count if isinstance(default, int) else positive))(str(settings.get(name, default)))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{source} is wrong about {name}: {error}") from None
 
@@ -126,3 +158,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise ValueError(f"{path} cannot be written ({error})") from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """As write_whole."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))

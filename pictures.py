@@ -1,11 +1,16 @@
-"""Pages of pictures: the grid of sample.py and the film strip of train.py."""
+"""Pictures as files with their settings, and pages of them: the grid of sample.py and the film strip of train.py."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+import cli
 
 GAP, INK, PAPER, KEPT = 4, (40, 40, 40), (255, 255, 255), (24, 140, 60)
 
@@ -17,6 +22,55 @@ def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     for i, picture in enumerate(pictures):
         page.paste(picture, (GAP + i % columns * (side + GAP), GAP + i // columns * (side + GAP)))
     return page
+
+
+def drawn_with(
+    steps: int, sampler: str, guidance: float, size: tuple[int, int], ckpt: Path | None, base: Path, header: dict
+) -> str:
+    """How pictures were drawn, as image tools read it; `header` is the checkpoint's. The seed is to be added."""
+    model = f"{ckpt.name}, Base: {base.name}, Step: {header.get('step', 'unknown')}" if ckpt else base.name
+    return f"Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance:g}, Size: {size[0]}x{size[1]}, Model: {model}"
+
+
+def save_pictures(
+    folder: Path,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    columns: int,
+    settings: str,
+) -> list[str]:
+    """A PNG a picture, named after its prompt and seed, and grid.png, a page of all. Returns the pictures' file names.
+
+    prompts, seeds: each picture's own. settings: from `drawn_with`. Raises ValueError if a file cannot be written.
+    """
+    stems = file_names(list(dict.fromkeys(prompts)))
+    names = [f"{stems[prompt]}-{seed}.png" for prompt, seed in zip(prompts, seeds, strict=True)]
+    for picture, prompt, seed, name in zip(pictures, prompts, seeds, names, strict=True):
+        save_png(picture, folder / name, f"{prompt}\n{settings}, Seed: {seed}")
+    save_png(grid(pictures, columns), folder / "grid.png", "\n".join([*stems, f"{settings}, Seed: {seeds[0]}"]))
+    return names
+
+
+def save_png(picture: Image.Image, path: Path, parameters: str) -> None:
+    """A PNG with its settings in the text chunk "parameters"."""
+    info = PngInfo()
+    info.add_text("parameters", parameters)
+    cli.write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
+
+
+def file_names(prompts: list[str]) -> dict[str, str]:
+    """A valid file name for each prompt, no two alike: "a [V] dog in the snow" -> "a-V-dog-in-the-snow"."""
+    names, taken = {}, set()
+    for prompt in prompts:
+        name = stem = re.sub(r"[^A-Za-z0-9]+", "-", prompt).strip("-")[:80] or "empty"
+        number = 1
+        while name.lower() in taken:  # lower: some file systems do not tell a from A
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.lower())
+        names[prompt] = name
+    return names
 
 
 def film_strip(

@@ -9,66 +9,35 @@ Writes a PNG a picture, which carries its settings as the "parameters" text that
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import cli
 from model.scheduler import SAMPLERS
-from model.stable_diffusion import StableDiffusion, check_layout
-from model.weights import CheckpointError, read_metadata
-from pictures import grid
+from model.stable_diffusion import StableDiffusion, check_layout, home_of
+from model.weights import read_metadata
+from pictures import drawn_with, save_pictures
 
 DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
 
 
-def base_of(header: dict[str, str], ckpt: Path) -> Path:
-    """The base model that a checkpoint's header names. Raises CheckpointError if it names none or it is not there."""
-    name = header.get("base")
-    if not name:
-        raise CheckpointError(f"{ckpt} does not say which base model it belongs to: name it with --base")
-    base = cli.base_folder(name)
-    if not base.is_dir():
-        raise CheckpointError(f"{ckpt} belongs to the base model {name}, which is not there: name it with --base")
-    return base
-
-
-def save_png(picture: Image.Image, path: Path, parameters: str) -> None:
-    """A PNG with its settings in the text chunk "parameters"."""
-    info = PngInfo()
-    info.add_text("parameters", parameters)
-    cli.write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
-
-
-def file_names(prompts: list[str]) -> dict[str, str]:
-    """A valid file name for each prompt, no two alike: "a [V] dog in the snow" -> "a-V-dog-in-the-snow"."""
-    names, taken = {}, set()
-    for prompt in prompts:
-        name = stem = re.sub(r"[^A-Za-z0-9]+", "-", prompt).strip("-")[:80] or "empty"
-        number = 1
-        while name.lower() in taken:  # lower: some file systems do not tell a from A
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name.lower())
-        names[prompt] = name
-    return names
-
-
 def run(args) -> int:
     header = read_metadata(args.ckpt) if args.ckpt else {}
-    base = args.base or (base_of(header, args.ckpt) if args.ckpt else cli.EMBEDDED_BASE)
+    base, variant, prediction_type = cli.base_of(args, args.ckpt, header)
     check_layout(base)
-    cli.check_writable(args.out / "grid.png")
-    sd = StableDiffusion.from_pretrained(base, cli.device(args.device))
+    cli.check_writable(args.export_single or args.out / "grid.png")
+    sd = StableDiffusion.from_pretrained(base, cli.device(args.device), variant, prediction_type)
     if args.ckpt:
         sd.load_unet(args.ckpt)
-    steps = args.steps or cli.recommended(sd.recommended, "solver_steps", 20, f"{base / 'rpo.json'}")
-    guidance = cli.recommended(sd.recommended, "guidance", 7.5, f"{base / 'rpo.json'}")
+    if args.export_single:
+        cli.write_whole(args.export_single, lambda path: sd.export(path, header))
+        print(f"{args.export_single}: U-Net, VAE and text encoder in one file, in half precision")
+        return 0
+    steps = args.steps or cli.recommended(sd.recommended, "solver_steps", 20, f"{home_of(base) / 'rpo.json'}")
+    guidance = cli.recommended(sd.recommended, "guidance", 7.5, f"{home_of(base) / 'rpo.json'}")
     guidance = args.guidance or cli.recommended(header, "guidance", guidance, str(args.ckpt))
     subject = f"a {header.get('token', '[V]')} {header['noun']}" if "noun" in header else "a dog"
     prompts = list(dict.fromkeys(args.prompt or [text.format(subject=subject) for text in DEFAULT_PROMPTS]))
@@ -76,20 +45,13 @@ def run(args) -> int:
         if rest := sd.tokenizer.overflow(prompt):
             print(f"warning: a prompt fills its {sd.tokenizer.length} tokens; not read: {rest!r}", file=sys.stderr)
 
-    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
-    with tqdm(total=len(jobs), desc="drawing", unit="image", delay=0.1) as bar:
-        options = {"steps": steps, "guidance": guidance, "sampler": args.scheduler, "size": args.size}
-        texts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
-        pictures = sd.generate(texts, seeds, **options, batch_size=args.batch, on_batch=bar.update)
-
-    names, size = file_names(prompts), f"{pictures[0].width}x{pictures[0].height}"
-    model = f"{args.ckpt.name}, Base: {base.name}, Step: {header.get('step', 'unknown')}" if args.ckpt else base.name
-    settings = (
-        f"Steps: {steps}, Sampler: {args.scheduler}, CFG scale: {guidance:g}, Size: {size}, Model: {model}, Seed:"
-    )
-    for (prompt, seed), picture in zip(jobs, pictures, strict=True):
-        save_png(picture, args.out / f"{names[prompt]}-{seed}.png", f"{prompt}\n{settings} {seed}")
-    save_png(grid(pictures, args.n), args.out / "grid.png", "\n".join([*prompts, f"{settings} {args.seed}"]))
+    texts = [prompt for prompt in prompts for _ in range(args.n)]
+    seeds = [args.seed + i for _ in prompts for i in range(args.n)]
+    with tqdm(total=len(texts), desc="drawing", unit="image", delay=0.1) as bar:
+        options = {"steps": steps, "guidance": guidance, "sampler": args.scheduler}
+        pictures = sd.generate(texts, seeds, **options, size=args.size, batch_size=args.batch, on_batch=bar.update)
+    settings = drawn_with(**options, size=pictures[0].size, ckpt=args.ckpt, base=base, header=header)
+    save_pictures(args.out, pictures, texts, seeds, args.n, settings)
     print(f"{len(pictures)} pictures in {args.out}, all on one page in {args.out / 'grid.png'}")
     return 0
 
@@ -106,7 +68,13 @@ def main() -> int:
     add("--scheduler", choices=SAMPLERS, default="dpm++", help="the sampler (default: dpm++)")
     add("--size", type=cli.count, help="the side in pixels (default: the base's)")
     add("--batch", type=cli.count, default=8, help="pictures at a time; changes no picture (default: 8)")
-    add("--base", type=Path, help="the base model's folder (default: the checkpoint's own, or the embedded one)")
+    cli.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
+    add(
+        "--export-single",
+        type=Path,
+        metavar="FILE",
+        help="draw nothing; write all networks into one file for other tools",
+    )
     add("--out", type=Path, default=Path("outputs"), help="the folder for the pictures (default: outputs)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()

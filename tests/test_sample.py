@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -336,3 +337,22 @@ def test_as_a_command_of_its_own(base, ckpt, tmp_path):
     good = shell("--ckpt", ckpt)
     assert good.returncode == 0 and "outputs/grid.png" in good.stdout and "Traceback" not in good.stderr
     assert files_in(tmp_path / "outputs") == ["a-dog-0.png", "grid.png"]
+
+
+def test_one_file_holds_what_the_folder_and_the_checkpoint_hold(base, ckpt, run, tmp_path):
+    """Written with --export-single and read with --base, beside a tokenizer: the same pictures, to half precision."""
+    assert run("--ckpt", ckpt, "--export-single", tmp_path / "whole.safetensors") == 0
+    assert files_in(tmp_path) == ["whole.safetensors"]
+    shutil.copytree(base / "tokenizer", tmp_path / "tokenizer")
+    drawn = []
+    for source in (("--ckpt", ckpt), ("--base", tmp_path / "whole.safetensors", "--guidance", 3.0)):
+        assert run(*source, "--prompt", "a [V] dog", "--out", tmp_path / str(len(drawn)), "--steps", 3) == 0
+        drawn.append(np.asarray(Image.open(tmp_path / str(len(drawn)) / "grid.png")).astype(int))
+    assert abs(drawn[0] - drawn[1]).max() <= 2  # fp16 has 11 bits: below 1 of 255, but it may fall across a step
+    assert drawn[0].std() > 5
+
+
+def test_a_file_without_its_tokenizer_says_where_to_get_it(base, run, tmp_path, capsys):
+    assert run("--base", base, "--export-single", tmp_path / "whole.safetensors") == 0
+    assert run("--base", tmp_path / "whole.safetensors") == 2
+    assert "tokenizer" in error_line(capsys) and not (tmp_path / "outputs").exists()

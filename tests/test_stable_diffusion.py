@@ -403,9 +403,12 @@ def refused(folder, *words):
 
 
 def test_what_is_no_base(tmp_path, base):
-    refused(tmp_path / "none", tmp_path / "none", "not a folder")
+    refused(tmp_path / "none", tmp_path / "none", "not there")
     (tmp_path / "file").touch()
-    refused(tmp_path / "file", "not a folder")
+    refused(tmp_path / "file", "tokenizer", "vocab.json", "hf download")
+    for part, name in (("text_encoder_2", "SDXL"), ("transformer", "SD 3")):
+        (tmp_path / name / part).mkdir(parents=True)
+        refused(tmp_path / name, name, "only Stable Diffusion 1.x and 2.x")
     refused(tmp_path, tmp_path, "lacks", "unet, vae, text_encoder, tokenizer, scheduler")
     for part, file in {
         "unet": "config.json",
