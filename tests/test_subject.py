@@ -95,6 +95,12 @@ def test_noun_from_the_folder(tmp_path, folder, noun, live):
     assert (subject.noun, subject.live) == (noun, live)
 
 
+def test_every_dreambench_subject(tmp_path):
+    for folder, noun in DREAMBENCH_NOUNS.items():
+        subject = load_subject(put(tmp_path / folder))
+        assert (subject.noun, subject.live) == (noun, noun in ("cat", "dog"))
+
+
 def test_given_noun_and_kind_win(tmp_path, monkeypatch):
     folder = put(tmp_path / "dog6")
     assert (load_subject(folder, noun="  toy   car ").noun, load_subject(folder, noun="toy car").live) == (

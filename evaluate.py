@@ -1,0 +1,284 @@
+"""Measure a checkpoint as DreamBench does: DINO, CLIP-I and CLIP-T, and ALIGN-I, ALIGN-T and their λ-Harmonic mean.
+
+    python evaluate.py --ckpt best.safetensors --subject data/dog
+    python evaluate.py --subject data/dog                              # the base alone, for comparison
+    python evaluate.py --dreambench dreambooth/dataset --ckpt "runs/{subject}/best.safetensors"
+
+Draws the 25 test prompts, 4 images each, and writes best.eval.json (settings, networks, means, every image's numbers)
+and the pictures in best.eval/; the base alone is called base, in the current folder. --dreambench does so for every
+subject of the public data set (google/dreambooth); the same command again goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import cli
+from metrics import Metrics
+from model.stable_diffusion import StableDiffusion, check_layout, home_of
+from model.weights import CheckpointError, read_json, read_metadata
+from pictures import drawn_with, save_pictures
+from reward import lambda_harmonic
+from subject import DREAMBENCH_NOUNS, Subject, SubjectError, load_subject, open_photo
+
+TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
+TITLES |= {"lambda_harmonic": "λ-Harmonic"}
+FULL = "the GPU's memory is full: use a smaller --batch"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One subject to evaluate, checked as far as it can be without a network."""
+
+    subject: Subject
+    ckpt: Path | None
+    header: dict[str, str]
+    base: tuple[Path, str | None, str | None]  # the base, its variant and prediction type
+    folders: dict[str, Path]  # the metrics' networks
+    settings: dict  # equal settings give equal results
+    out: Path  # the pictures' folder
+    result: Path  # the JSON file
+
+    def done(self) -> dict | None:
+        """The result, if it is there already, whole and with these settings."""
+        with suppress(CheckpointError, KeyError, TypeError):
+            result = read_json(self.result)
+            complete = len(result["images"]) == 25 * self.settings["n"] and result["means"].keys() == TITLES.keys()
+            return result if complete and result["settings"] == self.settings else None
+        return None
+
+
+def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, out: Path | None) -> Job:
+    """All that can be known before a network is loaded. Raises ValueError or OSError for what cannot be used."""
+    header = read_metadata(ckpt) if ckpt else {}
+    base, variant, prediction_type = cli.base_of(args, ckpt, header)
+    check_layout(base)
+    home = home_of(base)
+    folders = {"clip": args.clip or home / "metrics" / "clip", "dino": args.dino or home / "metrics" / "dino"}
+    folders["align"] = args.align or home / "reward"
+    for name, path in folders.items():
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is missing, which should hold {name.upper()}: name its folder with --{name}")
+    subject = subject_of(args, folder, ckpt, header)
+    settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
+
+    recommends = read_json(home / "rpo.json") if (home / "rpo.json").is_file() else {}
+    guidance = cli.recommended(recommends, "guidance", 7.5, f"{home / 'rpo.json'}")
+    settings["guidance"] = args.guidance or cli.recommended(header, "guidance", guidance, f"{ckpt}")
+    settings["steps"] = args.steps or cli.recommended(recommends, "solver_steps", 20, f"{home / 'rpo.json'}")
+    told = cli.recommended(header, "lambda_val", 0.3, f"{ckpt}", cli.fraction)
+    settings["lambda_val"] = told if args.lambda_val is None else args.lambda_val
+
+    out, result = out or Path(f"{stem}.eval"), Path(f"{stem}.eval.json")
+    for path in (out / "grid.png", result):
+        cli.check_writable(path)
+    settings |= {"ckpt": ckpt.name if ckpt else None, "base": cli.base_name(base)}
+    settings |= {"variant": variant, "prediction_type": prediction_type}
+    networks = [base] if base.is_file() else [base / part for part in ("unet", "vae", "text_encoder", "scheduler")]
+    files = {"ckpt": [ckpt] if ckpt else [], "base": [*networks, home / "tokenizer"], "photos": subject.photos}
+    files |= {name: [path] for name, path in folders.items()}
+    settings["files"] = {name: digest(paths) for name, paths in files.items()}
+    return Job(subject, ckpt, header, (base, variant, prediction_type), folders, settings, out, result)
+
+
+def subject_of(args: argparse.Namespace, folder: Path, ckpt: Path | None, header: dict[str, str]) -> Subject:
+    """The subject as the checkpoint knows it; what its header leaves open, the flags or the folder's name say."""
+    if header.get("live", "True") not in ("True", "False"):
+        raise CheckpointError(f"{ckpt} is wrong about live: {header['live']!r} should be True or False")
+    live = header["live"] == "True" if "live" in header else args.live
+    token = header.get("token", args.token or "[V]")
+    subject = load_subject(folder, header.get("noun", args.noun), live, token)
+    with suppress(SubjectError):  # a folder whose name says nothing disagrees with nothing
+        ours = load_subject(folder, args.noun, args.live, args.token or token)
+        for name in ("noun", "live", "token"):
+            if getattr(ours, name) != (trained := getattr(subject, name)):
+                print(f"note: {ckpt} was trained with {name} {trained}, which is used, not {getattr(ours, name)}")
+    return subject
+
+
+def digest(paths: list[Path]) -> str:
+    """Tells files, and those of folders, apart by name, size, and first and last MiB: another training changes both."""
+    seen = hashlib.sha256()
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    for file in (file for file in files if file.is_file()):
+        with open(file, "rb") as stream:
+            seen.update(f"{file.name} {(size := file.stat().st_size)}\n".encode() + stream.read(2**20))
+            stream.seek(max(size - 2**20, 0))
+            seen.update(stream.read())
+    return seen.hexdigest()[:16]
+
+
+class Evaluator:
+    """Draws and scores. What is loaded stays for the subjects that follow, as long as their base is the same."""
+
+    def __init__(self, device: torch.device, batch: int):
+        self.device, self.batch, self.loaded = device, batch, None
+
+    def load(self, job: Job) -> None:
+        """Raises CheckpointError, naming the file, for what does not fit."""
+        photos, token = [whole(photo) for photo in job.subject.photos], job.subject.token
+        if self.loaded == (job.base, job.folders):
+            self.metrics = self.metrics.of(photos, token)
+        else:
+            self.loaded = self.metrics = self.sd = None  # make room first
+            self.metrics = Metrics.from_folders(**job.folders, photos=photos, token=token, device=self.device)
+            base, variant, prediction_type = job.base
+            self.sd = StableDiffusion.from_pretrained(base, self.device, variant, prediction_type)
+            self.loaded = job.base, job.folders
+        if job.ckpt:
+            self.sd.load_unet(job.ckpt)
+
+    def __call__(self, job: Job) -> dict:
+        """Draw, score and write one subject; returns what its JSON file holds."""
+        self.load(job)
+        settings, n = job.settings, job.settings["n"]
+        prompts = [prompt for prompt in job.subject.test_prompts for _ in range(n)]
+        # 2: other noise than train.py's, which comes from (seed) and (seed + 1).
+        seeds = np.random.SeedSequence([settings["seed"], 2]).generate_state(len(prompts)).tolist()
+        options = {"steps": settings["steps"], "sampler": "dpm++", "guidance": settings["guidance"]}
+        with tqdm(total=len(prompts), desc=job.subject.folder.name, unit="image", leave=False, delay=0.1) as bar:
+            images = self.sd.generate(prompts, seeds, **options, batch_size=self.batch, on_batch=bar.update)
+        scores = self.metrics(images, prompts)
+        scores["lambda_harmonic"] = lambda_harmonic(scores["align_i"], scores["align_t"], settings["lambda_val"])
+        scores = {name: [round(value, 6) for value in values.tolist()] for name, values in scores.items()}
+
+        text = drawn_with(**options, size=images[0].size, ckpt=job.ckpt, base=job.base[0], header=job.header)
+        columns = {"prompt": prompts, "seed": seeds, "file": save_pictures(job.out, images, prompts, seeds, n, text)}
+        columns |= scores
+        result = {"subject": str(job.subject.folder), "pictures": str(job.out), "settings": settings}
+        result["scored_text"] = f"the prompt without the token {job.subject.token}"
+        kinds = self.metrics.kinds().items()
+        result["networks"] = {name: f"{shown(job.folders[name])}, {kind}" for name, kind in kinds}
+        result["means"] = {name: over_prompts(values, n) for name, values in scores.items()}
+        result["images"] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        cli.write_json(job.result, result)
+        return result
+
+
+def whole(path: Path) -> Image.Image:
+    """A photo in its own resolution, from which each network's preprocessing starts; square, as training sees it."""
+    with Image.open(path) as image:
+        side = min(image.size)
+    return open_photo(path, side)
+
+
+def shown(folder: Path) -> str:
+    """As seen from the project, if it lies there: "weights/toy/metrics/dino"."""
+    folder, project = folder.resolve(), cli.EMBEDDED_BASE.resolve().parent.parent
+    return (folder.relative_to(project) if folder.is_relative_to(project) else folder).as_posix()
+
+
+def over_prompts(values: list[float], n: int) -> dict[str, float]:
+    """Mean and standard deviation of the prompts' means; `values` are n images of a prompt, n of the next, ..."""
+    means = [statistics.fmean(values[i : i + n]) for i in range(0, len(values), n)]
+    return {"mean": round(statistics.fmean(means), 6), "sd": round(statistics.stdev(means), 6)}
+
+
+def run_one(args: argparse.Namespace, device: torch.device) -> int:
+    ckpt = Path(args.ckpt) if args.ckpt else None
+    job = plan(args, args.subject, ckpt, ckpt.with_suffix("") if ckpt else Path("base"), args.out)
+    subject, settings = job.subject, job.settings
+    kind, guidance = "living subjects" if subject.live else "things", settings["guidance"]
+    print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, prompts of {kind}")
+    print(f"{ckpt or 'no checkpoint'}, base {settings['base']}, {settings['steps']} steps, guidance {guidance:g}")
+    result = Evaluator(device, args.batch)(job)
+    print(f"\n{'':12}{'mean':>8}{'SD':>8}  over 25 prompts x {args.n} images, measured with")
+    for name, title in TITLES.items():
+        network = result["networks"].get(name.split("_")[0], f"ALIGN-I and ALIGN-T, λ = {settings['lambda_val']:g}")
+        print(f"{title:12}{result['means'][name]['mean']:8.4f}{result['means'][name]['sd']:8.4f}  {network}")
+    print(f"The text of CLIP-T and ALIGN-T is {result['scored_text']}.")
+    print(f"every image's numbers are in {job.result}, the pictures in {job.out}")
+    return 0
+
+
+def run_many(args: argparse.Namespace, device: torch.device) -> int:
+    """Every subject of DreamBench that is there; one that fails is told in a line and does not stop the others."""
+    names = [name for name in DREAMBENCH_NOUNS if (args.dreambench / name).is_dir()]
+    if not names:
+        raise ValueError(f"{args.dreambench} holds no subject of DreamBench: give google/dreambooth's folder dataset")
+    print(f"{len(names)} of DreamBench's {len(DREAMBENCH_NOUNS)} subjects are in {args.dreambench}")
+    template, failed, jobs, rows = args.ckpt or "base/{subject}.none", {}, {}, {}
+    summary = Path(template.replace("{subject}", "dreambench")).with_suffix(".eval.json")
+    cli.check_writable(summary)
+
+    @contextmanager
+    def told(name: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:
+            failed[name] = FULL if isinstance(error, torch.OutOfMemoryError) else " ".join(str(error).split())
+            print(f"{name}: error: {failed[name]}", file=sys.stderr)
+
+    for name in names:  # what is wrong with the last should be known before the first is drawn
+        with told(name):
+            path, out = Path(template.replace("{subject}", name)), args.out and args.out / name
+            jobs[name] = plan(args, args.dreambench / name, path if args.ckpt else None, path.with_suffix(""), out)
+    evaluator = Evaluator(device, args.batch)
+    for name, job in jobs.items():
+        with told(name):
+            before = job.done()
+            rows[name] = {k: v["mean"] for k, v in (before or evaluator(job))["means"].items()}
+            print(f"{name}: {'done before' if before else 'done'}, {job.result}", flush=True)
+    if rows:
+        mean = {name: round(statistics.fmean(row[name] for row in rows.values()), 6) for name in TITLES}
+        print("\n| subject | DINO | CLIP-I | CLIP-T |\n|---|---|---|---|")
+        for name, row in [*rows.items(), (f"mean of {len(rows)}", mean)]:
+            print(f"| {name} | {row['dino']:.3f} | {row['clip_i']:.3f} | {row['clip_t']:.3f} |")
+        cli.write_json(summary, {"mean": mean, "subjects": rows, "failed": failed})
+        print(f"\nthe same and the other metrics are in {summary}")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = cli.Parser(description=__doc__)
+    add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--subject", type=Path, help="a folder with the subject's photos")
+    what.add_argument("--dreambench", type=Path, metavar="FOLDER", help="the public data set, a folder a subject")
+    add("--ckpt", help="a checkpoint of train.py; {subject} stands for a subject's folder (default: the base alone)")
+    add("--noun", help="what the subject is, such as dog (default: the checkpoint's, or from the folder's name)")
+    add("--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: as the noun's)")
+    add("--token", help="the unique token (default: the checkpoint's, or [V])")
+    cli.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
+    for name in ("clip", "dino", "align"):
+        add(f"--{name}", type=Path, metavar="FOLDER", help="another one, such as a public one (default: the base's)")
+    add("--lambda-val", type=cli.fraction, help="λ of the λ-Harmonic reward (default: the checkpoint's, or 0.3)")
+    add("--n", type=cli.count, default=4, help="images a prompt (default: %(default)s, as published)")
+    add("--seed", type=cli.seed, default=0, help="fixes every image (default: %(default)s)")
+    add("--steps", type=cli.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
+    add("--guidance", type=cli.positive, help="classifier-free guidance (default: as in training, or the base's)")
+    add("--batch", type=cli.count, default=8, help="images at a time; changes no image (default: %(default)s)")
+    add("--out", type=Path, help="the folder for the pictures (default: the checkpoint's name, or base, and .eval)")
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    args = parser.parse_args()
+    if args.dreambench and args.ckpt and "{subject}" not in args.ckpt:
+        parser.error('--ckpt should hold {subject} for --dreambench, such as "runs/{subject}/best.safetensors"')
+    if args.ckpt == "":
+        parser.error("--ckpt is empty: leave it out for the base alone")
+    if args.dreambench and (args.noun or args.live is not None):
+        parser.error("--noun and --live are for --subject: --dreambench knows its subjects")
+    try:
+        return (run_one if args.subject else run_many)(args, cli.device(args.device))
+    except torch.OutOfMemoryError:
+        return cli.fail(FULL)
+    except (ValueError, OSError) as error:
+        return cli.fail(error)
+    except KeyboardInterrupt:
+        kept = "; the same command goes on with the subjects that are not done" if args.dreambench else ""
+        print(f"\ninterrupted{kept}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
