@@ -39,6 +39,16 @@ def lambda_harmonic(image_alignment: Tensor | float, text_alignment: Tensor | fl
     return 1 / (lam / image + (1 - lam) / text)  # tensors: x/0 is inf and 1/inf is 0
 
 
+def lambda_arithmetic(image_alignment: Tensor | float, text_alignment: Tensor | float, lam: float) -> Tensor | float:
+    """λ ALIGN-I + (1−λ) ALIGN-T, what the paper compares the harmonic mean with. Raises ValueError as that does."""
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam (λ) must lie in [0, 1], not {lam}")
+    return lam * image_alignment + (1 - lam) * text_alignment
+
+
+MEANS = {"harmonic": lambda_harmonic, "arithmetic": lambda_arithmetic}
+
+
 def strip_token(prompt: str, token: str = "[V]") -> str:
     """The text that is scored: the prompt without the unique token, which means nothing to ALIGN.
 
@@ -68,6 +78,7 @@ class Reward:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.align, self.tokenizer, self.token, self.batch_size = align, tokenizer, token, batch_size
+        self.mean = lambda_harmonic  # or another of MEANS
         self.reference_features = self._image_features(photos)  # (photos, features), unit length
         self._text_cache: dict[str, Tensor] = {}  # stripped prompt -> (features,), unit length
 
@@ -94,11 +105,11 @@ class Reward:
         photos, text = self.reference_features, self._text_features(prompts)
         align_i = _to_unit((photos[:, None] * photos).sum(2)).mean(1, keepdim=True)
         align_t = _to_unit((photos[:, None] * text).sum(2))
-        return lambda_harmonic(align_i.expand_as(align_t), align_t, lam)
+        return self.mean(align_i.expand_as(align_t), align_t, lam)
 
     def __call__(self, images: list[Image.Image], prompts: list[str], lam: float) -> Tensor:
         """r(x, c; λ, I_ref) of each image with its own prompt: (n,) in [0, 1]. Raises ValueError, as the parts do."""
-        return lambda_harmonic(*self.alignments(images, prompts), lam)
+        return self.mean(*self.alignments(images, prompts), lam)
 
     @torch.no_grad()
     def _image_features(self, images: list[Image.Image]) -> Tensor:

@@ -60,16 +60,26 @@ def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def rpo_loss(
-    loss_ref: Tensor, loss_gen: Tensor, base_loss_ref: Tensor, base_loss_gen: Tensor, label: Tensor, beta: float
+    loss_ref: Tensor,
+    loss_gen: Tensor,
+    base_loss_ref: Tensor,
+    base_loss_gen: Tensor,
+    label: Tensor,
+    beta: float,
+    preference_weight: float = 1.0,
 ) -> RPOLoss:
     """The RPO loss, averaged over the batch.
 
     loss_ref: (batch,) ℓ(θ; x_ref), instance prompt. loss_gen: (batch,) ℓ(θ; x_gen), the prompt that drew x_gen.
     base_loss_ref, base_loss_gen: (batch,) the same of the frozen θ₀, with the same ε and t; they get no gradient.
     label: (batch,) y, 1 where the photo is preferred. beta: β > 0, how sharp the preference is; 1.0 in the paper.
-    Raises ValueError if the shapes differ, a label is neither 0 nor 1, or beta is not a positive number.
+    preference_weight: of the second term; 1 in the paper, 0 leaves the similarity alone.
+    Raises ValueError if the shapes differ, a label is neither 0 nor 1, beta is not a positive number, or the weight is
+    negative or not finite.
     """
     _check_positive("beta", beta)
+    if not (preference_weight >= 0 and math.isfinite(preference_weight)):
+        raise ValueError(f"preference_weight must be a number of at least 0, not {preference_weight}")
     shapes = [tuple(x.shape) for x in (loss_ref, loss_gen, base_loss_ref, base_loss_gen, label)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
         raise ValueError(f"rpo_loss: four losses and the label must all be (batch,), with batch > 0; they are {shapes}")
@@ -86,7 +96,39 @@ def rpo_loss(
 
     margin = margin.detach()
     accuracy = ((margin > 0) & (y == 1) | (margin < 0) & (y == 0)).float().mean()
-    return RPOLoss(similarity + preference, similarity, preference, margin, accuracy)
+    # Weight 0 skips the term: 0 x ∞ would be NaN.
+    total = similarity + preference_weight * preference if preference_weight else similarity
+    return RPOLoss(total, similarity, preference, margin, accuracy)
+
+
+class RPO:
+    """The method as the training loop sees it: which pictures it wants drawn, and the loss of a step.
+
+    beta, preference_weight: as in `rpo_loss`, which raises ValueError for a wrong one.
+    """
+
+    needs = ("base_loss_ref", "base_loss_drawn", "label")  # what `loss` is given beside the two denoising losses
+
+    def __init__(self, beta: float = 1.0, preference_weight: float = 1.0):
+        self.beta, self.preference_weight = beta, preference_weight
+
+    def drawn_prompts(self, subject, count: int = 4) -> list[str]:
+        """What the base model draws before training, a prompt an image: `count` negatives for each training prompt."""
+        return [prompt for prompt in subject.training_prompts for _ in range(count)]
+
+    def loss(
+        self, loss_ref: Tensor, loss_drawn: Tensor, base_loss_ref: Tensor, base_loss_drawn: Tensor, label: Tensor
+    ) -> RPOLoss:
+        """loss_ref, loss_drawn: (n,) ℓ(θ) of photos and of negatives; base_...: of θ₀; label: (n,) y."""
+        beta, weight = self.beta, self.preference_weight
+        return rpo_loss(loss_ref, loss_drawn, base_loss_ref, base_loss_drawn, label, beta, weight)
+
+    def state_dict(self) -> dict:
+        """Nothing is learnt beside θ."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The counterpart of `state_dict`."""
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -3,6 +3,7 @@
     python train.py --subject data/dog --steps 400                        # the embedded base, minutes on a laptop
     python train.py --subject my_dog --noun dog --base stable-diffusion   # a folder with public weights
     python train.py --subject data/dog --resume                           # go on, with the same flags as before
+    python train.py --subject data/dog --method dreambooth                # what RPO is compared with, in the same loop
 
 Writes best.safetensors (the U-Net of the best validation, in the public layout), best.jsonl (the history, a line a step
 or validation) and best.png (the film strip); --ckpt moves all of them.
@@ -26,19 +27,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+from baselines.dpg import DPG, REWARDS
+from baselines.dreambooth import DreamBooth
 from model.align import ALIGN
-from model.stable_diffusion import StableDiffusion, check_layout
+from model.dino import DINO
+from model.stable_diffusion import StableDiffusion, check_layout, home_of
 from model.tokenizer import BertTokenizer
 from model.weights import CheckpointError, save_tensors
 from pictures import film_strip
-from reward import Reward, lambda_harmonic
-from rpo import denoising_loss, preference_label, preference_probability, rpo_loss
+from reward import MEANS, Reward
+from rpo import RPO, denoising_loss, preference_label, preference_probability
 from subject import Subject, load_photos, load_subject
 
 VERSION = "0.1.0"
 STATE = ".state.pt"  # the ending of what --resume needs, beside the checkpoint
 # The paper's settings (table 4), and our own solver steps. A base's rpo.json may recommend others; flags win.
-PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "solver_steps": 20}
+PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "class_images": 200, "solver_steps": 20}
+OURS = {"solver_steps": "our default", "class_images": "DreamBooth's"}
 
 
 def generator(seed: int, *position: int) -> torch.Generator:
@@ -47,41 +52,66 @@ def generator(seed: int, *position: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]))
 
 
+def method_of(args: argparse.Namespace, sd: StableDiffusion) -> RPO | DreamBooth | DPG:
+    """A method says which pictures the base draws before training, what its loss needs, and the loss of a step."""
+    if args.method == "rpo":
+        return RPO(args.beta, args.preference_weight)
+    if args.method == "dreambooth":
+        return DreamBooth(args.prior_weight)
+    channels = sd.unet.config.in_channels
+    return DPG(channels, args.dpg_reward, prior_weight=args.prior_weight, seed=args.seed, device=sd.device)
+
+
 class Trainer:
     """One run: what is prepared once, the step, the validation, and the files."""
 
-    def __init__(self, args: argparse.Namespace, subject: Subject, sd: StableDiffusion, align: ALIGN):
-        self.args, self.subject, self.sd = args, subject, sd
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        subject: Subject,
+        sd: StableDiffusion,
+        align: ALIGN,
+        dino: DINO | None = None,
+    ):
+        """dino: for DPG's DINO reward."""
+        self.args, self.subject, self.sd, self.dino = args, subject, sd, dino
+        self.method = method_of(args, sd)
         self.best_step, self.best_reward, self.stale, self.first_step = None, -math.inf, 0, 1
         self.saved = False  # is there something to resume from?
         self.history: list[dict] = []
         self.strip: list[tuple[int, float, list[Image.Image]]] = []  # step, reward, one picture a prompt
         self.photos = load_photos(subject, sd.image_size)
-        self.reward = Reward(align, BertTokenizer.from_pretrained(args.base / "reward"), self.photos, subject.token)
+        self.reward = Reward(align, BertTokenizer.from_pretrained(args.align), self.photos, subject.token)
+        self.reward.mean = MEANS[args.mean]
         self.base_unet, self.unet = sd.unet, copy.deepcopy(sd.unet)  # θ₀ and θ
         self.unet.train().requires_grad_(True)
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=args.lr, weight_decay=0.01)
 
     # ------------------------------------------------------------------------------------------ before the loop
 
-    def draw(self, seed: int, text: str) -> tuple[list[str], list[Image.Image]]:
-        """`images_per_prompt` pictures of each training prompt, and their prompts."""
-        prompts = [p for p in self.subject.training_prompts for _ in range(self.args.images_per_prompt)]
+    def draw(self, prompts: list[str], seed: int, text: str) -> list[Image.Image]:
+        """A picture of each prompt, from noise that `seed` fixes."""
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
         steps, guidance = self.args.solver_steps, self.args.guidance
         with tqdm(total=len(prompts), desc=text, unit="image", leave=False, delay=0.1) as bar:
-            return prompts, self.sd.generate(prompts, seeds, steps, guidance, on_batch=bar.update)
+            return self.sd.generate(prompts, seeds, steps, guidance, on_batch=bar.update)
 
     def prepare(self) -> None:
-        """Everything that stays as it is while θ learns: negatives, rewards, posteriors, contexts."""
+        """Everything that stays as it is while θ learns: drawn pictures, rewards, posteriors, contexts."""
         args, sd = self.args, self.sd
-        prompts, negatives = self.draw(args.seed, "drawing negatives")
-        r_gen = self.reward(negatives, prompts, args.lambda_train)  # each negative's own, with its own prompt
-        r_ref = self.reward.of_photos(prompts, args.lambda_train)  # photo i with the prompt of negative j
-        self.p_ref_wins = preference_probability(r_ref, r_gen)  # (photos, negatives)
-        self.ref_posterior, self.gen_posterior = sd.encode_images(self.photos), sd.encode_images(negatives)
+        count = args.images_per_prompt if args.method == "rpo" else args.class_images
+        prompts = self.method.drawn_prompts(self.subject, count)
+        drawn = self.draw(prompts, args.seed, "drawing negatives" if args.method == "rpo" else "drawing class images")
+        if "label" in self.method.needs:
+            r_gen = self.reward(drawn, prompts, args.lambda_train)  # each negative's own, with its own prompt
+            r_ref = self.reward.of_photos(prompts, args.lambda_train)  # photo i with the prompt of negative j
+            self.p_ref_wins = preference_probability(r_ref, r_gen, args.tau)  # (photos, negatives)
+        if "dino" in self.method.needs:
+            self.dino_photos = dino_features(self.dino, self.photos)
+        self.ref_posterior, self.drawn_posterior = sd.encode_images(self.photos), sd.encode_images(drawn)
         self.ref_context = sd.encode_prompts([self.subject.instance_prompt])
-        self.gen_context = sd.encode_prompts(prompts)
+        contexts = {prompt: sd.encode_prompts([prompt]) for prompt in dict.fromkeys(prompts)}
+        self.drawn_context = torch.cat([contexts[prompt] for prompt in prompts])
         sd.unet = self.unet  # θ draws from here on
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -102,45 +132,59 @@ class Trainer:
                     break
 
     def step(self, step: int) -> dict:
-        """One gradient step on `batch` pairs of a photo and a negative (the paper's loss, rpo.py)."""
+        """One gradient step on `batch` pairs of a photo and a drawn picture."""
         args, sd, draws, start = self.args, self.sd, generator(self.args.seed, step, 1), time.time()
         n, device = args.batch, self.sd.device
         i = torch.randint(len(self.photos), (n,), generator=draws)
-        j = torch.randint(len(self.gen_context), (n,), generator=draws)
-        label = preference_label(self.p_ref_wins[i, j], draws).to(device)
+        j = torch.randint(len(self.drawn_context), (n,), generator=draws)
+        given = {}  # what the method asks for beside the two losses; nothing else is computed
+        if "label" in self.method.needs:
+            given["label"] = preference_label(self.p_ref_wins[i, j], draws).to(device)
 
-        x_0 = torch.cat([latents(self.ref_posterior, i, draws), latents(self.gen_posterior, j, draws)])
+        x_0 = torch.cat([latents(self.ref_posterior, i, draws), latents(self.drawn_posterior, j, draws)])
         t = torch.randint(len(sd.scheduler.alphas_cumprod), (n,), generator=draws).repeat(2).to(device)
         eps = torch.randn(n, *x_0.shape[1:], generator=draws).repeat(2, 1, 1, 1).to(device)  # a pair shares t and ε
         x_t, target = sd.scheduler.add_noise(x_0, eps, t), sd.scheduler.target(x_0, eps, t)
-        context = torch.cat([repeat(self.ref_context, "1 l d -> n l d", n=n), self.gen_context[j]])
+        context = torch.cat([repeat(self.ref_context, "1 l d -> n l d", n=n), self.drawn_context[j]])
 
         with sd.autocast():
-            loss_ref, loss_gen = denoising_loss(self.unet(x_t, t, context), target).chunk(2)
-            with torch.no_grad():
-                base_ref, base_gen = denoising_loss(self.base_unet(x_t, t, context), target).chunk(2)
-        loss = rpo_loss(loss_ref, loss_gen, base_ref, base_gen, label, args.beta)
+            prediction = self.unet(x_t, t, context)
+        loss_ref, loss_drawn = denoising_loss(prediction, target).chunk(2)
+        if "base_loss_ref" in self.method.needs:
+            with sd.autocast(), torch.no_grad():
+                base = denoising_loss(self.base_unet(x_t, t, context), target)
+            given["base_loss_ref"], given["base_loss_drawn"] = base.chunk(2)
+        if "x_0_hat" in self.method.needs:
+            x_0_hat = sd.scheduler.to_x0_eps(prediction.float(), x_t, t)[0]
+            given |= {"x_0_hat": x_0_hat[:n], "x_0": x_0[:n], "t": t[:n]}
+        if "dino" in self.method.needs:
+            features = dino_features(self.dino, sd.decode_latents(x_0_hat[:n].detach()))
+            given["dino"] = (features * self.dino_photos[i.to(device)]).sum(1)
+
+        loss = self.method.loss(loss_ref, loss_drawn, **given)
         if not torch.isfinite(loss.total):
             raise FloatingPointError(f"the loss is {loss.total.item()} at step {step}: try a smaller --lr")
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self.optimizer.step()
-        row = {"similarity": loss.similarity, "preference": loss.preference, "accuracy": loss.accuracy}
-        row |= {"margin": loss.margin.mean(), "p": self.p_ref_wins[i, j].mean(), "gradient_norm": norm}
-        row = {name: value.item() for name, value in row.items()}
+        row = loss._asdict() | {"gradient_norm": norm}
+        if "label" in given:
+            row |= {"label": given["label"], "p": self.p_ref_wins[i, j]}
+        row = {name: value.float().mean().item() for name, value in row.items()}
         return {"step": step, **row, "seconds": round(time.time() - start, 3)}
 
     def validate(self, step: int) -> None:
         """Draw the training prompts with the same seeds as ever, score them, keep the weights if they are the best."""
         args, start = self.args, time.time()
-        prompts, images = self.draw(args.seed + 1, f"validating step {step}")
+        prompts = [prompt for prompt in self.subject.training_prompts for _ in range(args.images_per_prompt)]
+        images = self.draw(prompts, args.seed + 1, f"validating step {step}")
         align_i, align_t = self.reward.alignments(images, prompts)
-        reward = lambda_harmonic(align_i, align_t, args.lambda_val).mean().item()
+        reward = self.reward.mean(align_i, align_t, args.lambda_val).mean().item()
         row = {"step": step, "align_i": align_i.mean().item(), "align_t": align_t.mean().item(), "reward": reward}
         self.history.append({**row, "seconds": round(time.time() - start, 3)})
         self.strip.append((step, reward, images[:: args.images_per_prompt]))
-        better = step > 0 and reward > self.best_reward
+        better = step > 0 and (args.keep_last or reward > self.best_reward)
         tqdm.write(
             f"step {step:4d}  ALIGN-I {row['align_i']:.4f}  ALIGN-T {row['align_t']:.4f}  "
             f"λ-Harmonic {reward:.4f}{'  best so far' if better else '  (the base)' if step == 0 else ''}"
@@ -167,9 +211,12 @@ class Trainer:
     def metadata(self, step: int, reward: float) -> dict[str, str]:
         """What sample.py needs to know, for the checkpoint's header."""
         args, subject = self.args, self.subject
-        values = {"format": "pt", "method": "rpo", "version": VERSION, "base": cli.base_name(args.base)}
+        values = {"format": "pt", "method": args.method, "version": VERSION, "base": cli.base_name(args.base)}
         values |= {"token": subject.token, "noun": subject.noun, "live": subject.live, "step": step, "reward": reward}
-        values |= {"lambda_train": args.lambda_train, "lambda_val": args.lambda_val, "beta": args.beta}
+        values |= {"lambda_val": args.lambda_val, "mean": args.mean}
+        if args.method == "rpo":
+            values |= {"lambda_train": args.lambda_train, "beta": args.beta, "tau": args.tau}
+        values |= {name: getattr(args, name) for name in ("variant", "prediction_type") if getattr(args, name)}
         values |= {"lr": args.lr, "batch": args.batch, "guidance": args.guidance, "seed": args.seed}
         return {name: str(value) for name, value in values.items()}
 
@@ -187,6 +234,7 @@ class Trainer:
             "step": step,
             "unet": self.unet.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
             "best": (self.best_step, self.best_reward, self.stale),
             "history": self.history,
             "strip": [(s, r, torch.from_numpy(np.stack([np.asarray(p) for p in row]))) for s, r, row in self.strip],
@@ -204,6 +252,7 @@ class Trainer:
             if not changed:
                 self.unet.load_state_dict(state["unet"])
                 self.optimizer.load_state_dict(state["optimizer"])
+                self.method.load_state_dict(state["method"])
                 self.best_step, self.best_reward, self.stale = state["best"]
                 self.first_step, self.history, self.saved = state["step"] + 1, state["history"], True
                 self.strip = [(s, r, [Image.fromarray(p) for p in row.numpy()]) for s, r, row in state["strip"]]
@@ -225,23 +274,36 @@ def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Genera
     return mean + std * torch.randn(mean.shape, generator=draws).to(mean.device)
 
 
+@torch.no_grad()
+def dino_features(dino: DINO, images: list[Image.Image]) -> Tensor:
+    """(n, width), of length 1."""
+    return torch.nn.functional.normalize(dino(dino.preprocess(images).to(next(dino.parameters()))), dim=1)
+
+
 def settle(args: argparse.Namespace, recommended: dict) -> None:
     """Fill in what the command line left open: the base's recommendation, else the paper's. Say which is which."""
     for name, paper in PAPER.items():
         source = "command line"
         if getattr(args, name) is None:
-            source = "our default" if name == "solver_steps" else "the paper"
+            source = OURS.get(name, "the paper")
             source = "this base's recommendation" if name in recommended else source
-            setattr(args, name, cli.recommended(recommended, name, paper, f"{args.base / 'rpo.json'}"))
-        print(f"  {name:18} {getattr(args, name):<8g} {source}")
+            setattr(args, name, cli.recommended(recommended, name, paper, f"{home_of(args.base) / 'rpo.json'}"))
+        if name != ("class_images" if args.method == "rpo" else ""):
+            print(f"  {name:18} {getattr(args, name):<8g} {source}")
 
 
 def run(args: argparse.Namespace) -> int:
     device = cli.device(args.device)
     subject = load_subject(args.subject, args.noun, args.live, args.token)
     check_layout(args.base)
-    if not (args.base / "reward").is_dir():
-        raise CheckpointError(f"the base model {args.base} lacks the folder reward, which holds ALIGN (see README.md)")
+    args.align = args.align or home_of(args.base) / "reward"
+    if not args.align.is_dir():
+        raise CheckpointError(
+            f"{args.align} is missing, which should hold ALIGN: name its folder with --align (README)"
+        )
+    dino = home_of(args.base) / "metrics" / "dino" if (args.method, args.dpg_reward) == ("dpg", "dino") else None
+    if dino and not dino.is_dir():
+        raise CheckpointError(f"{dino} is missing, which should hold DINO for --dpg-reward dino")
     for ending in (".safetensors", ".jsonl", ".png", STATE):
         cli.check_writable(args.ckpt.with_suffix(ending))
     if args.resume and not args.ckpt.with_suffix(STATE).is_file():
@@ -253,8 +315,9 @@ def run(args: argparse.Namespace) -> int:
 
     prompts = f"prompts of {'living subjects' if subject.live else 'things'}"
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
-    sd = StableDiffusion.from_pretrained(args.base, device)
-    align = ALIGN.from_pretrained(args.base / "reward").to(device)
+    sd = StableDiffusion.from_pretrained(args.base, device, args.variant, args.prediction_type)
+    align = ALIGN.from_pretrained(args.align).to(device)
+    dino = DINO.from_pretrained(dino).to(device) if dino else None
     parameters = sum(p.numel() for p in sd.unet.parameters())
     print(f"base {cli.base_name(args.base)} on {device}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
@@ -262,7 +325,7 @@ def run(args: argparse.Namespace) -> int:
     # Checkpoint and state (fp32, with AdamW's two averages), and the new state beside the old while it is written.
     cli.check_writable(args.ckpt, 28 * parameters)
 
-    trainer = Trainer(args, subject, sd, align)
+    trainer = Trainer(args, subject, sd, align, dino)
     if args.resume:
         trainer.load_state()
         print(f"going on after step {(done := trainer.first_step - 1)}")
@@ -287,22 +350,57 @@ def main() -> int:
     add("--noun", help="what it is, such as dog (default: from the folder's name)")
     add("--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: from the noun)")
     add("--token", default="[V]", help="the unique token (default: %(default)s)")
-    add("--base", type=Path, default=cli.EMBEDDED_BASE, help="the base model's folder (default: the embedded one)")
+    cli.add_base_flags(parser, cli.EMBEDDED_BASE, "the embedded one")
+    add("--align", type=Path, help="the folder of the reward's ALIGN (default: reward/ in the base's folder)")
     add("--ckpt", type=Path, default=Path("best.safetensors"), help="the result (default: %(default)s)")
     add("--steps", type=cli.count, default=400, help="gradient steps (default: %(default)s, the paper's)")
     add("--batch", type=cli.count, help="pairs a step (the paper: 1)")
     add("--lr", type=cli.positive, help="learning rate (the paper: 5e-6)")
-    add("--beta", type=cli.positive, default=1.0, help="β of the preference loss (default: %(default)s, the paper's)")
-    add("--lambda-train", type=cli.fraction, default=0.0, help="λ of the labels (default: %(default)s, the paper's)")
-    add("--lambda-val", type=cli.fraction, default=0.3, help="λ of the validation (default: %(default)s, the paper's)")
     add("--guidance", type=cli.positive, help="classifier-free guidance when drawing (the paper: 7.5)")
     add("--solver-steps", type=cli.count, help="DPM-Solver++ steps when drawing (default: 20)")
     add("--images-per-prompt", type=cli.count, help="negatives, and validation images, a prompt (the paper: 4)")
     add("--validate-every", type=cli.count, default=40, help="gradient steps (default: %(default)s, the paper's)")
+    add("--lambda-val", type=cli.fraction, default=0.3, help="λ of the validation (default: %(default)s, the paper's)")
     add("--patience", type=cli.count, help="stop after so many validations without a better reward (default: never)")
     add("--seed", type=cli.seed, default=0, help="fixes every draw (default: %(default)s)")
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add = parser.add_argument_group("the method and its ablations").add_argument
+    add("--method", choices=("rpo", "dreambooth", "dpg"), default="rpo", help="(default: %(default)s)")
+    add("--beta", type=cli.positive, default=1.0, help="RPO: β of the loss (default: %(default)s, the paper's)")
+    add(
+        "--lambda-train",
+        type=cli.fraction,
+        default=0.0,
+        help="RPO: λ of the labels (default: %(default)s, the paper's)",
+    )
+    add(
+        "--tau",
+        type=cli.positive,
+        default=1.0,
+        help="RPO: temperature of the labels (default: %(default)s, the paper's)",
+    )
+    add(
+        "--preference-weight",
+        type=cli.at_least_0,
+        default=1.0,
+        help="RPO: 0 leaves the similarity loss alone (default: 1)",
+    )
+    add("--prior-weight", type=cli.at_least_0, default=1.0, help="DreamBooth, DPG: of the class images (default: 1)")
+    add("--class-images", type=cli.count, help="DreamBooth, DPG: how many class images are drawn (default: 200)")
+    add(
+        "--dpg-reward",
+        choices=REWARDS,
+        default="look-forward",
+        help="DPG: what the critic learns (default: %(default)s)",
+    )
+    add(
+        "--mean",
+        choices=list(MEANS),
+        default="harmonic",
+        help="of ALIGN-I and ALIGN-T (default: %(default)s, the paper's)",
+    )
+    add("--keep-last", action="store_true", help="keep the last weights instead of the best: no early stopping")
     args = parser.parse_args()
     if args.ckpt.suffix != ".safetensors":
         parser.error(f"--ckpt {args.ckpt} should end in .safetensors")

@@ -22,6 +22,7 @@ from model.stable_diffusion import StableDiffusion
 from model.tokenizer import BertTokenizer
 from model.weights import read_metadata
 from pictures import film_strip
+from reward import lambda_harmonic
 
 RESULT = ["best.jsonl", "best.png", "best.safetensors"]
 STATE = "best.state.pt"
@@ -34,12 +35,12 @@ class Watched(train.Trainer):
 
     last = None
 
-    def __init__(self, args, subject, sd, align):
+    def __init__(self, args, subject, sd, align, dino):
         Watched.last, self.align = self, align
         self.frozen = [sd.unet, sd.vae, sd.text_encoder, align]  # here the U-Net is θ₀
         self.before = [copied(network) for network in self.frozen]
         self.seen = {}
-        super().__init__(args, subject, sd, align)
+        super().__init__(args, subject, sd, align, dino)
 
     def validate(self, step):
         self.seen[step] = copied(self.unet)
@@ -170,7 +171,18 @@ def test_history_has_a_line_a_step_and_a_validation(done):
         (4, False),
         (4, True),
     ]
-    of_step = {"step", "similarity", "preference", "accuracy", "margin", "p", "gradient_norm", "seconds"}
+    of_step = {
+        "step",
+        "total",
+        "similarity",
+        "preference",
+        "accuracy",
+        "margin",
+        "p",
+        "label",
+        "gradient_norm",
+        "seconds",
+    }
     of_validation = {"step", "align_i", "align_t", "reward", "seconds"}
     for row in lines:
         assert set(row) == (of_validation if "reward" in row else of_step)
@@ -263,9 +275,13 @@ def test_each_negative_has_its_own_reward_with_its_own_prompt(run, monkeypatch):
     """The release uses the reward of the prompt's first negative for all of them."""
     seen, drawn = [], []
     original = train.preference_probability
-    monkeypatch.setattr(train, "preference_probability", lambda *r: seen.append(r) or original(*r))
+    monkeypatch.setattr(train, "preference_probability", lambda *r: seen.append(r[:2]) or original(*r))
     draw = Watched.draw
-    monkeypatch.setattr(Watched, "draw", lambda self, *args: drawn.append(draw(self, *args)) or drawn[-1])
+    monkeypatch.setattr(
+        Watched,
+        "draw",
+        lambda self, prompts, *args: drawn.append((prompts, draw(self, prompts, *args))) or drawn[-1][1],
+    )
     assert run("--steps", 1, "--lambda-train", 0.5) == 0
     (r_ref, r_gen), (prompts, negatives), trainer = seen[0], drawn[0], Watched.last
     assert len(seen) == 1 and r_ref.shape == (3, NEGATIVES) and r_gen.shape == (NEGATIVES,)
@@ -283,9 +299,9 @@ def test_a_pair_is_of_one_photo_one_negative_its_prompt_and_its_label(done, monk
     monkeypatch.setattr(trainer.args, "batch", 5)
     means, stds = trainer.ref_posterior
     monkeypatch.setattr(trainer, "ref_posterior", (marks(3, means), torch.zeros_like(stds)))
-    means, stds = trainer.gen_posterior
-    monkeypatch.setattr(trainer, "gen_posterior", (100 + marks(NEGATIVES, means), torch.zeros_like(stds)))
-    monkeypatch.setattr(trainer, "gen_context", 100 + marks(NEGATIVES, trainer.gen_context))
+    means, stds = trainer.drawn_posterior
+    monkeypatch.setattr(trainer, "drawn_posterior", (100 + marks(NEGATIVES, means), torch.zeros_like(stds)))
+    monkeypatch.setattr(trainer, "drawn_context", 100 + marks(NEGATIVES, trainer.drawn_context))
     monkeypatch.setattr(trainer, "ref_context", torch.full_like(trainer.ref_context, -1))
     monkeypatch.setattr(trainer, "p_ref_wins", torch.arange(3)[:, None] / 4 + torch.arange(NEGATIVES) / 100)
     noted = {}
@@ -366,12 +382,11 @@ def test_every_setting_matters(run, tmp_path, first_step, option):
     assert not same(load_file(tmp_path / "best.safetensors"), first_step)
 
 
-def test_lambda_train_decides_the_labels(run, tmp_path, monkeypatch):
+def test_lambda_train_decides_the_labels(run, tmp_path):
     """Made sharp, so that the few labels of a short run do differ."""
-    monkeypatch.setattr(train, "preference_probability", lambda r, s: torch.sigmoid((r - s) * 1e4))
     wins, weights = [], []
     for lam in (0, 1):
-        assert run("--lambda-train", lam, "--validate-every", 4) == 0
+        assert run("--lambda-train", lam, "--tau", 1e-4, "--validate-every", 4) == 0
         wins.append(Watched.last.p_ref_wins)
         weights.append(load_file(tmp_path / "best.safetensors"))
     trainer = Watched.last
@@ -592,7 +607,11 @@ def rewards(monkeypatch):
 
     def script(*values):
         left = list(values)
-        monkeypatch.setattr(train, "lambda_harmonic", lambda *args: torch.tensor([left.pop(0)]))
+
+        def mean(align_i, align_t, lam):  # the validation's λ is 0.3; the labels' is 0
+            return torch.tensor([left.pop(0)]) if lam == 0.3 else lambda_harmonic(align_i, align_t, lam)
+
+        monkeypatch.setattr(train, "MEANS", {"harmonic": mean})
 
     return script
 

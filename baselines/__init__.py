@@ -1,0 +1,1 @@
+"""What RPO is compared with, in the same loop: one method a file, torch only."""
