@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -33,14 +31,13 @@ from model.align import ALIGN
 from model.dino import DINO
 from model.stable_diffusion import StableDiffusion, check_layout, home_of
 from model.tokenizer import BertTokenizer
-from model.weights import CheckpointError, save_tensors
-from pictures import film_strip
+from model.weights import CheckpointError
+from record import STATE, Record
 from reward import MEANS, Reward
 from rpo import RPO, denoising_loss, preference_label, preference_probability
 from subject import Subject, load_photos, load_subject
 
 VERSION = "0.1.0"
-STATE = ".state.pt"  # the ending of what --resume needs, beside the checkpoint
 # The paper's settings (table 4), and our own solver steps. A base's rpo.json may recommend others; flags win.
 PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "class_images": 200, "solver_steps": 20}
 OURS = {"solver_steps": "our default", "class_images": "DreamBooth's"}
@@ -76,11 +73,10 @@ class Trainer:
         """dino: for DPG's DINO reward."""
         self.args, self.subject, self.sd, self.dino = args, subject, sd, dino
         self.method = method_of(args, sd)
-        self.best_step, self.best_reward, self.stale, self.first_step = None, -math.inf, 0, 1
-        self.saved = False  # is there something to resume from?
-        self.history: list[dict] = []
-        self.strip: list[tuple[int, float, list[Image.Image]]] = []  # step, reward, one picture a prompt
+        self.first_step = 1
         self.photos = load_photos(subject, sd.image_size)
+        header, settings = metadata(args, subject), fingerprint(args, subject)
+        self.record = Record(args.ckpt, header, settings, subject.training_prompts, self.photos)
         self.reward = Reward(align, BertTokenizer.from_pretrained(args.align), self.photos, subject.token)
         self.reward.mean = MEANS[args.mean]
         self.base_unet, self.unet = sd.unet, copy.deepcopy(sd.unet)  # θ₀ and θ
@@ -118,17 +114,17 @@ class Trainer:
 
     def train(self) -> None:
         """Steps, a validation every `validate_every`, until `steps` or until `patience` validations brought nothing."""
-        args = self.args
-        if not self.history:
+        args, record = self.args, self.record
+        if not record.history:
             self.validate(0)
         steps = range(self.first_step, args.steps + 1)
         for step in (bar := tqdm(steps, "training", initial=self.first_step - 1, total=args.steps)):
-            self.history.append(self.step(step))
-            bar.set_postfix(similarity=f"{self.history[-1]['similarity']:.3f}", best=f"{self.best_reward:.4f}")
+            record.history.append(self.step(step))
+            bar.set_postfix(similarity=f"{record.history[-1]['similarity']:.3f}", best=f"{record.best_reward:.4f}")
             if step % args.validate_every == 0 or step == args.steps:
                 self.validate(step)
-                if args.patience and self.stale >= args.patience:
-                    tqdm.write(f"stopped: {self.stale} validations brought no better reward")
+                if args.patience and record.stale >= args.patience:
+                    tqdm.write(f"stopped: {record.stale} validations brought no better reward")
                     break
 
     def step(self, step: int) -> dict:
@@ -182,90 +178,41 @@ class Trainer:
         align_i, align_t = self.reward.alignments(images, prompts)
         reward = self.reward.mean(align_i, align_t, args.lambda_val).mean().item()
         row = {"step": step, "align_i": align_i.mean().item(), "align_t": align_t.mean().item(), "reward": reward}
-        self.history.append({**row, "seconds": round(time.time() - start, 3)})
-        self.strip.append((step, reward, images[:: args.images_per_prompt]))
-        better = step > 0 and (args.keep_last or reward > self.best_reward)
+        row["seconds"] = round(time.time() - start, 3)
+        better = self.record.validation(row, images[:: args.images_per_prompt], args.keep_last)
         tqdm.write(
             f"step {step:4d}  ALIGN-I {row['align_i']:.4f}  ALIGN-T {row['align_t']:.4f}  "
             f"λ-Harmonic {reward:.4f}{'  best so far' if better else '  (the base)' if step == 0 else ''}"
         )
-        self.stale = 0 if better or step == 0 else self.stale + 1
         if better:
-            self.best_step, self.best_reward = step, reward
-            weights, header = self.unet.state_dict(), self.metadata(step, reward)
-            cli.write_whole(args.ckpt, lambda path: save_tensors(weights, path, header))
-        self.write_history()
-        self.save_state(step)
+            self.record.keep(self.unet.state_dict())
+        self.record.write()
+        self.record.save_state(step, {name: part.state_dict() for name, part in self.learning().items()})
 
-    def summary(self) -> str:
-        """Where the result is, and how good it is."""
-        if self.best_step is None:
-            return "nothing was kept yet"
-        base = next(row["reward"] for row in self.history if row["step"] == 0)
-        note = "" if self.best_reward > base else ", NOT BETTER than the base: try another --lr or other photos"
-        text = f"kept step {self.best_step} in {self.args.ckpt} (history .jsonl, film strip .png beside it)"
-        return f"{text}: reward {self.best_reward:.4f}, the base's is {base:.4f}{note}"
+    def learning(self) -> dict:
+        """Whatever changes from step to step."""
+        return {"unet": self.unet, "optimizer": self.optimizer, "method": self.method}
 
-    # ------------------------------------------------------------------------------------------ the files
+    def resume(self) -> None:
+        """Go on from the last validation. Raises CheckpointError as Record.load_state does."""
+        self.first_step = self.record.load_state(self.learning()) + 1
 
-    def metadata(self, step: int, reward: float) -> dict[str, str]:
-        """What sample.py needs to know, for the checkpoint's header."""
-        args, subject = self.args, self.subject
-        values = {"format": "pt", "method": args.method, "version": VERSION, "base": cli.base_name(args.base)}
-        values |= {"token": subject.token, "noun": subject.noun, "live": subject.live, "step": step, "reward": reward}
-        values |= {"lambda_val": args.lambda_val, "mean": args.mean}
-        if args.method == "rpo":
-            values |= {"lambda_train": args.lambda_train, "beta": args.beta, "tau": args.tau}
-        values |= {name: getattr(args, name) for name in ("variant", "prediction_type") if getattr(args, name)}
-        values |= {"lr": args.lr, "batch": args.batch, "guidance": args.guidance, "seed": args.seed}
-        return {name: str(value) for name, value in values.items()}
 
-    def write_history(self) -> None:
-        """best.jsonl and best.png, each written beside and renamed."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        cli.write_whole(self.args.ckpt.with_suffix(".jsonl"), lambda path: path.write_text(lines, encoding="utf-8"))
-        page = film_strip(self.subject.training_prompts, self.photos, self.strip, self.best_step)
-        cli.write_whole(self.args.ckpt.with_suffix(".png"), lambda path: page.save(path, "PNG"))
+def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
+    """What sample.py and evaluate.py need to know, for the checkpoint's header."""
+    values = {"format": "pt", "method": args.method, "version": VERSION, "base": cli.base_name(args.base)}
+    values |= {name: getattr(args, name) for name in ("variant", "prediction_type") if getattr(args, name)}
+    values |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
+    labels = ("lambda_train", "beta", "tau", "preference_weight") if args.method == "rpo" else ()
+    names = (*labels, "lambda_val", "mean", "lr", "batch", "guidance", "seed")
+    return values | {name: getattr(args, name) for name in names}
 
-    def save_state(self, step: int) -> None:
-        """All that --resume needs to go on after `step` as if nothing had happened."""
-        state = {
-            "run": self.fingerprint(),
-            "step": step,
-            "unet": self.unet.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "method": self.method.state_dict(),
-            "best": (self.best_step, self.best_reward, self.stale),
-            "history": self.history,
-            "strip": [(s, r, torch.from_numpy(np.stack([np.asarray(p) for p in row]))) for s, r, row in self.strip],
-        }
-        cli.write_whole(self.args.ckpt.with_suffix(STATE), lambda path: torch.save(state, path))
-        self.saved = True
 
-    def load_state(self) -> None:
-        """Raises CheckpointError if the state is broken, or of a run with other settings, which it names."""
-        path, ours = self.args.ckpt.with_suffix(STATE), self.fingerprint()
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-            theirs = state["run"]
-            changed = [f"{name} {theirs.get(name)} -> {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
-            if not changed:
-                self.unet.load_state_dict(state["unet"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.method.load_state_dict(state["method"])
-                self.best_step, self.best_reward, self.stale = state["best"]
-                self.first_step, self.history, self.saved = state["step"] + 1, state["history"], True
-                self.strip = [(s, r, [Image.fromarray(p) for p in row.numpy()]) for s, r, row in state["strip"]]
-        except Exception as error:  # torch raises many kinds for a broken file
-            raise CheckpointError(f"{path} is broken ({type(error).__name__}): drop --resume to start anew") from None
-        if changed:
-            raise CheckpointError(f"{path} is of a run with other settings ({'; '.join(changed)}): give the same ones")
-
-    def fingerprint(self) -> dict[str, str]:
-        """What must be equal for a run to be the same run. More --steps or another --patience are welcome."""
-        free = {"steps", "patience", "resume", "device", "ckpt"}
-        settings = {name: str(value) for name, value in vars(self.args).items() if name not in free}
-        return settings | {"noun": self.subject.noun, "photos": str([photo.name for photo in self.subject.photos])}
+def fingerprint(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
+    """What must be equal for a run to be the same run. More --steps or another --patience are welcome."""
+    free = {"steps", "patience", "resume", "device", "ckpt"}
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    return settings | {"noun": subject.noun, "photos": [photo.name for photo in subject.photos]}
 
 
 def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Generator) -> Tensor:
@@ -327,7 +274,7 @@ def run(args: argparse.Namespace) -> int:
 
     trainer = Trainer(args, subject, sd, align, dino)
     if args.resume:
-        trainer.load_state()
+        trainer.resume()
         print(f"going on after step {(done := trainer.first_step - 1)}")
         if done > args.steps:
             raise ValueError(f"the interrupted run has done {done} steps already: give --steps of at least that")
@@ -335,11 +282,11 @@ def run(args: argparse.Namespace) -> int:
         trainer.prepare()
         trainer.train()
     except KeyboardInterrupt:
-        hint = "--resume goes on from the last validation" if trainer.saved else "start again"
-        print(f"\ninterrupted: {trainer.summary()}; {hint}")
+        hint = "--resume goes on from the last validation" if trainer.record.saved else "start again"
+        print(f"\ninterrupted: {trainer.record.summary()}; {hint}")
         return 130
     args.ckpt.with_suffix(STATE).unlink(missing_ok=True)
-    print(trainer.summary())
+    print(trainer.record.summary())
     return 0
 
 

@@ -145,7 +145,7 @@ def test_checkpoint_loads_strictly_and_is_the_best_validation(done, world):
     sd.load_unet(folder / "best.safetensors")  # raises if a key is missing, extra or misshapen
     scored = {row["step"]: row["reward"] for row in validations(history(folder)) if row["step"] > 0}
     best = max(scored, key=scored.get)
-    assert trainer.best_step == best and list(scored) == [2, 4]
+    assert trainer.record.best_step == best and list(scored) == [2, 4]
     assert same(load_file(folder / "best.safetensors"), trainer.seen[best])
     assert not same(trainer.seen[0], trainer.seen[best])
     assert same(sd.unet.state_dict(), trainer.seen[best])
@@ -155,7 +155,7 @@ def test_header_says_where_it_comes_from(done, world):
     folder, trainer = done
     header = read_metadata(folder / "best.safetensors")
     expected = {"base": str(world / "base"), "token": "[V]", "noun": "dog", "seed": "0", "version": train.VERSION}
-    expected |= {"step": str(trainer.best_step), "reward": str(trainer.best_reward)}
+    expected |= {"step": str(trainer.record.best_step), "reward": str(trainer.record.best_reward)}
     expected |= {"lambda_train": "0.0", "lambda_val": "0.3", "beta": "1.0", "lr": "0.001", "guidance": "7.5"}
     assert {name: header.get(name) for name in expected} == expected
 
@@ -194,12 +194,12 @@ def test_history_has_a_line_a_step_and_a_validation(done):
 
 def test_film_strip_has_a_row_a_validation(done):
     folder, trainer = done
-    assert [(step, len(row)) for step, _, row in trainer.strip] == [(0, 8), (2, 8), (4, 8)]
+    assert [(step, len(row)) for step, _, row in trainer.record.strip] == [(0, 8), (2, 8), (4, 8)]
     arguments = (trainer.subject.training_prompts, trainer.photos)
-    page = film_strip(*arguments, trainer.strip, trainer.best_step)
+    page = film_strip(*arguments, trainer.record.strip, trainer.record.best_step)
     assert Image.open(folder / "best.png").tobytes() == page.tobytes()
-    assert page.height - film_strip(*arguments, trainer.strip[:2], 2).height >= 16
-    assert page.tobytes() != film_strip(*arguments, trainer.strip, None).tobytes()  # the kept row is marked
+    assert page.height - film_strip(*arguments, trainer.record.strip[:2], 2).height >= 16
+    assert page.tobytes() != film_strip(*arguments, trainer.record.strip, None).tobytes()  # the kept row is marked
 
 
 def test_ckpt_moves_everything(run, tmp_path):

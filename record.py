@@ -1,0 +1,109 @@
+"""What a run of train.py leaves on disk, all with the checkpoint's stem, each written beside and renamed:
+
+best.safetensors   the U-Net of the kept validation, in the public layout, its settings in the header
+best.jsonl         the history: a line a step or validation
+best.png           the film strip
+best.state.pt      all that --resume needs; train.py removes it at the end
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import cli
+from model.weights import CheckpointError, save_tensors
+from pictures import film_strip
+
+STATE = ".state.pt"
+
+
+class Record:
+    """The history of a run and its best validation so far.
+
+    ckpt: the kept weights' path, *.safetensors. header: their header's settings. settings: what must be equal for a run
+    to be the same run. prompts, photos: the film strip's columns and its top.
+    """
+
+    def __init__(self, ckpt: Path, header: dict, settings: dict, prompts: list[str], photos: list[Image.Image]):
+        self.ckpt, self.prompts, self.photos = ckpt, prompts, photos
+        self.header = {name: str(value) for name, value in header.items()}
+        self.settings = {name: str(value) for name, value in settings.items()}
+        self.history: list[dict] = []
+        self.strip: list[tuple[int, float, list[Image.Image]]] = []  # step, reward, one picture a prompt
+        self.best_step, self.best_reward = None, -math.inf
+        self.stale = 0  # validations since the best one
+        self.saved = False  # is there something to resume from?
+
+    def validation(self, row: dict, images: list[Image.Image], keep_last: bool = False) -> bool:
+        """Note a validation: its row, with step and reward, and a picture a prompt. Is it to be kept?
+
+        It is if its reward is the highest so far, or, with keep_last, in any case; step 0, the base, never is.
+        """
+        step, reward = row["step"], row["reward"]
+        self.history.append(row)
+        self.strip.append((step, reward, images))
+        better = step > 0 and (keep_last or reward > self.best_reward)
+        self.stale = 0 if better or step == 0 else self.stale + 1
+        if better:
+            self.best_step, self.best_reward = step, reward
+        return better
+
+    def keep(self, weights: dict[str, Tensor]) -> None:
+        """Write the checkpoint: the weights of the validation just noted. Raises ValueError if that fails."""
+        header = self.header | {"step": str(self.best_step), "reward": str(self.best_reward)}
+        cli.write_whole(self.ckpt, lambda path: save_tensors(weights, path, header))
+
+    def write(self) -> None:
+        """The history and the film strip. Raises ValueError if a file cannot be written."""
+        lines = "".join(json.dumps(row) + "\n" for row in self.history)
+        cli.write_whole(self.ckpt.with_suffix(".jsonl"), lambda path: path.write_text(lines, encoding="utf-8"))
+        page = film_strip(self.prompts, self.photos, self.strip, self.best_step)
+        cli.write_whole(self.ckpt.with_suffix(".png"), lambda path: page.save(path, "PNG"))
+
+    def summary(self) -> str:
+        """Where the result is, and how good it is."""
+        if self.best_step is None:
+            return "nothing was kept yet"
+        base = next(row["reward"] for row in self.history if row["step"] == 0)
+        note = "" if self.best_reward > base else ", NOT BETTER than the base: try another --lr or other photos"
+        text = f"kept step {self.best_step} in {self.ckpt} (history .jsonl, film strip .png beside it)"
+        return f"{text}: reward {self.best_reward:.4f}, the base's is {base:.4f}{note}"
+
+    def save_state(self, step: int, parts: dict[str, dict]) -> None:
+        """All that is needed to go on after `step` as if nothing had happened; parts: state_dicts by name."""
+        strip = [(step, reward, torch.from_numpy(np.stack(images))) for step, reward, images in self.strip]
+        best = (self.best_step, self.best_reward, self.stale)
+        state = {"run": self.settings, "step": step, "best": best, "history": self.history, "strip": strip, **parts}
+        cli.write_whole(self.ckpt.with_suffix(STATE), lambda path: torch.save(state, path))
+        self.saved = True
+
+    def load_state(self, parts: dict) -> int:
+        """Fill this record and the `parts`, whatever has load_state_dict, by name; returns the step that was done.
+
+        Raises CheckpointError if the state is broken, or of a run with other settings, which it names.
+        """
+        path, ours, changed = self.ckpt.with_suffix(STATE), self.settings, []
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            theirs = state["run"]
+            changed = [f"{name} {theirs.get(name)} -> {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
+            if not changed:
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+                self.best_step, self.best_reward, self.stale = state["best"]
+                self.strip = [
+                    (s, r, [Image.fromarray(image) for image in images.numpy()]) for s, r, images in state["strip"]
+                ]
+                self.history, self.saved, done = state["history"], True, state["step"]
+        except Exception as error:  # torch raises many kinds for a broken file
+            raise CheckpointError(f"{path} is broken ({type(error).__name__}): drop --resume to start anew") from None
+        if changed:
+            raise CheckpointError(f"{path} is of a run with other settings ({'; '.join(changed)}): give the same ones")
+        return done
