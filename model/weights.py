@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
@@ -292,6 +293,15 @@ def load(
     return build(network_class, config, read_tensors(path), path, dtype, rename)
 
 
+class _Unfilled(TorchFunctionMode):
+    """No random initialisation: on the meta device it fills nothing, but an Embedding's imports 80 MB of torch."""
+
+    def __torch_function__(self, function, kinds, arguments=(), keywords=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return arguments[0] if arguments else keywords["tensor"]
+        return function(*arguments, **(keywords or {}))
+
+
 def build(
     network_class: Callable[[object], Network],
     config: object,
@@ -304,8 +314,8 @@ def build(
 
     Raises CheckpointError as `load_tensors` does, or if no network has that config.
     """
-    # On the meta device: no random initialisation, no second copy in memory.
-    with _told(f"the configuration of {source} describes no possible network"), torch.device("meta"):
+    # On the meta device: no second copy in memory.
+    with _told(f"the configuration of {source} describes no possible network"), torch.device("meta"), _Unfilled():
         network = network_class(config)
     load_tensors(network, tensors, source, dtype, rename)
     return network.eval().requires_grad_(False)
