@@ -129,14 +129,15 @@ class Evaluator:
     def load(self, job: Job) -> None:
         """Raises CheckpointError, naming the file, for what does not fit."""
         photos, token = [whole(photo) for photo in job.subject.photos], job.subject.token
-        if self.loaded == (job.base, job.folders):
+        lora = "lora_rank" in job.header  # it needs the base's own weights, which a whole U-Net has replaced
+        if self.loaded == (job.base, job.folders, lora):
             self.metrics = self.metrics.of(photos, token)
         else:
             self.loaded = self.metrics = self.sd = None  # make room first
             self.metrics = Metrics.from_folders(**job.folders, photos=photos, token=token, device=self.device)
             base, variant, prediction_type = job.base
             self.sd = StableDiffusion.from_pretrained(base, self.device, variant, prediction_type)
-            self.loaded = job.base, job.folders
+            self.loaded = job.base, job.folders, lora
         if job.ckpt:
             self.sd.load_unet(job.ckpt)
 

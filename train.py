@@ -29,6 +29,7 @@ from baselines.dpg import DPG, REWARDS
 from baselines.dreambooth import DreamBooth
 from model.align import ALIGN
 from model.dino import DINO
+from model.lora import add_lora, lora_header, lora_tensors, without_lora
 from model.stable_diffusion import StableDiffusion, check_layout, home_of
 from model.tokenizer import BertTokenizer
 from model.weights import CheckpointError
@@ -40,7 +41,8 @@ from subject import Subject, load_photos, load_subject
 VERSION = "0.1.0"
 # The paper's settings (table 4), and our own solver steps. A base's rpo.json may recommend others; flags win.
 PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "class_images": 200, "solver_steps": 20}
-OURS = {"solver_steps": "our default", "class_images": "DreamBooth's"}
+LORA_LR = 1e-4
+OURS = {"lora_lr": "usual for LoRA", "solver_steps": "our default", "class_images": "DreamBooth's"}
 
 
 def generator(seed: int, *position: int) -> torch.Generator:
@@ -75,13 +77,19 @@ class Trainer:
         self.method = method_of(args, sd)
         self.first_step = 1
         self.photos = load_photos(subject, sd.image_size)
-        header, settings = metadata(args, subject), fingerprint(args, subject)
-        self.record = Record(args.ckpt, header, settings, subject.training_prompts, self.photos)
         self.reward = Reward(align, BertTokenizer.from_pretrained(args.align), self.photos, subject.token)
         self.reward.mean = MEANS[args.mean]
-        self.base_unet, self.unet = sd.unet, copy.deepcopy(sd.unet)  # θ₀ and θ
-        self.unet.train().requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=args.lr, weight_decay=0.01)
+        if args.lora_rank:  # θ₀ is the same network without its adapters
+            self.base_unet = self.unet = sd.unet
+            self.learned = add_lora(sd.unet, args.lora_rank, generator=generator(args.seed, 0, 2))
+        else:
+            self.base_unet, self.unet = sd.unet, copy.deepcopy(sd.unet)  # θ₀ and θ
+            self.learned = self.unet.requires_grad_(True)
+        self.unet.train()
+        self.optimizer = torch.optim.AdamW(self.learned.parameters(), lr=args.lr, weight_decay=0.01)
+        header = metadata(args, subject) | (lora_header(self.unet) if args.lora_rank else {})
+        settings = fingerprint(args, subject)
+        self.record = Record(args.ckpt, header, settings, subject.training_prompts, self.photos)
 
     # ------------------------------------------------------------------------------------------ before the loop
 
@@ -97,7 +105,9 @@ class Trainer:
         args, sd = self.args, self.sd
         count = args.images_per_prompt if args.method == "rpo" else args.class_images
         prompts = self.method.drawn_prompts(self.subject, count)
-        drawn = self.draw(prompts, args.seed, "drawing negatives" if args.method == "rpo" else "drawing class images")
+        with without_lora(sd.unet):
+            text = "drawing negatives" if args.method == "rpo" else "drawing class images"
+            drawn = self.draw(prompts, args.seed, text)
         if "label" in self.method.needs:
             r_gen = self.reward(drawn, prompts, args.lambda_train)  # each negative's own, with its own prompt
             r_ref = self.reward.of_photos(prompts, args.lambda_train)  # photo i with the prompt of negative j
@@ -147,7 +157,7 @@ class Trainer:
             prediction = self.unet(x_t, t, context)
         loss_ref, loss_drawn = denoising_loss(prediction, target).chunk(2)
         if "base_loss_ref" in self.method.needs:
-            with sd.autocast(), torch.no_grad():
+            with sd.autocast(), torch.no_grad(), without_lora(self.base_unet):
                 base = denoising_loss(self.base_unet(x_t, t, context), target)
             given["base_loss_ref"], given["base_loss_drawn"] = base.chunk(2)
         if "x_0_hat" in self.method.needs:
@@ -162,7 +172,7 @@ class Trainer:
             raise FloatingPointError(f"the loss is {loss.total.item()} at step {step}: try a smaller --lr")
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.learned.parameters(), 1.0)
         self.optimizer.step()
         row = loss._asdict() | {"gradient_norm": norm}
         if "label" in given:
@@ -175,7 +185,7 @@ class Trainer:
         args, start = self.args, time.time()
         prompts = [prompt for prompt in self.subject.training_prompts for _ in range(args.images_per_prompt)]
         images = self.draw(prompts, args.seed + 1, f"validating step {step}")
-        align_i, align_t = self.reward.alignments(images, prompts)
+        align_i, align_t = self.alignments = self.reward.alignments(images, prompts)
         reward = self.reward.mean(align_i, align_t, args.lambda_val).mean().item()
         row = {"step": step, "align_i": align_i.mean().item(), "align_t": align_t.mean().item(), "reward": reward}
         row["seconds"] = round(time.time() - start, 3)
@@ -185,13 +195,13 @@ class Trainer:
             f"λ-Harmonic {reward:.4f}{'  best so far' if better else '  (the base)' if step == 0 else ''}"
         )
         if better:
-            self.record.keep(self.unet.state_dict())
+            self.record.keep(lora_tensors(self.unet) if args.lora_rank else self.unet.state_dict())
         self.record.write()
         self.record.save_state(step, {name: part.state_dict() for name, part in self.learning().items()})
 
     def learning(self) -> dict:
         """Whatever changes from step to step."""
-        return {"unet": self.unet, "optimizer": self.optimizer, "method": self.method}
+        return {"unet": self.learned, "optimizer": self.optimizer, "method": self.method}
 
     def resume(self) -> None:
         """Go on from the last validation. Raises CheckpointError as Record.load_state does."""
@@ -204,6 +214,7 @@ def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
     values |= {name: getattr(args, name) for name in ("variant", "prediction_type") if getattr(args, name)}
     values |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
     labels = ("lambda_train", "beta", "tau", "preference_weight") if args.method == "rpo" else ()
+    values |= {"lora_rank": args.lora_rank} if args.lora_rank else {}
     names = (*labels, "lambda_val", "mean", "lr", "batch", "guidance", "seed")
     return values | {name: getattr(args, name) for name in names}
 
@@ -232,9 +243,10 @@ def settle(args: argparse.Namespace, recommended: dict) -> None:
     for name, paper in PAPER.items():
         source = "command line"
         if getattr(args, name) is None:
-            source = OURS.get(name, "the paper")
-            source = "this base's recommendation" if name in recommended else source
-            setattr(args, name, cli.recommended(recommended, name, paper, f"{home_of(args.base) / 'rpo.json'}"))
+            key, paper = ("lora_lr", LORA_LR) if name == "lr" and args.lora_rank else (name, paper)
+            source = OURS.get(key, "the paper")
+            source = "this base's recommendation" if key in recommended else source
+            setattr(args, name, cli.recommended(recommended, key, paper, f"{home_of(args.base) / 'rpo.json'}"))
         if name != ("class_images" if args.method == "rpo" else ""):
             print(f"  {name:18} {getattr(args, name):<8g} {source}")
 
@@ -269,8 +281,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"base {cli.base_name(args.base)} on {device}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
     settle(args, sd.recommended)
-    # Checkpoint and state (fp32, with AdamW's two averages), and the new state beside the old while it is written.
-    cli.check_writable(args.ckpt, 28 * parameters)
+    if not args.lora_rank:
+        # Checkpoint and state (fp32, with AdamW's two averages), and the new state beside the old while it is written.
+        cli.check_writable(args.ckpt, 28 * parameters)
 
     trainer = Trainer(args, subject, sd, align, dino)
     if args.resume:
@@ -290,7 +303,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
+def flags() -> cli.Parser:
+    """The command line. Its defaults are the paper's; None is settled by the base's recommendation or the paper."""
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--subject", type=Path, required=True, help="a folder with 4 to 6 photos of the subject")
@@ -303,6 +317,9 @@ def main() -> int:
     add("--steps", type=cli.count, default=400, help="gradient steps (default: %(default)s, the paper's)")
     add("--batch", type=cli.count, help="pairs a step (the paper: 1)")
     add("--lr", type=cli.positive, help="learning rate (the paper: 5e-6)")
+    add(
+        "--lora-rank", type=cli.count, help="train adapters of this rank, a file of a few MB (default: the whole U-Net)"
+    )
     add("--guidance", type=cli.positive, help="classifier-free guidance when drawing (the paper: 7.5)")
     add("--solver-steps", type=cli.count, help="DPM-Solver++ steps when drawing (default: 20)")
     add("--images-per-prompt", type=cli.count, help="negatives, and validation images, a prompt (the paper: 4)")
@@ -348,6 +365,11 @@ def main() -> int:
         help="of ALIGN-I and ALIGN-T (default: %(default)s, the paper's)",
     )
     add("--keep-last", action="store_true", help="keep the last weights instead of the best: no early stopping")
+    return parser
+
+
+def main() -> int:
+    parser = flags()
     args = parser.parse_args()
     if args.ckpt.suffix != ".safetensors":
         parser.error(f"--ckpt {args.ckpt} should end in .safetensors")

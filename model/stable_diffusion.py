@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.clip import CLIPTextConfig, CLIPTextEncoder
+from model.lora import is_lora, load_lora, merge, remove_lora
 from model.scheduler import Scheduler, SchedulerConfig, randn
 from model.single_file import read_single_file, write_single_file
 from model.tokenizer import CLIPTokenizer
@@ -101,14 +102,26 @@ class StableDiffusion:
         return cls(unet, vae, text_encoder, tokenizer, scheduler, recommended, device)
 
     def export(self, path: Path, metadata: dict[str, str]) -> None:
-        """Write all networks into one file in the layout that ComfyUI and others read, in half precision."""
+        """Write all networks into one file in the layout that ComfyUI and others read, in half precision.
+
+        A LoRA is merged into the U-Net first.
+        """
+        merge(self.unet)
         networks = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
         parts = {name: (asdict(network.config), network.state_dict()) for name, network in networks.items()}
         write_single_file(path, parts | {"scheduler": asdict(self.scheduler.config)}, metadata)
 
     def load_unet(self, path: Path) -> None:
-        """Put a checkpoint of train.py in the U-Net's place. Raises CheckpointError if it does not fit this base."""
-        load_tensors(self.unet, read_tensors(path), path)
+        """Put a checkpoint of train.py in the U-Net's place, or, if it is a LoRA, beside the base's own weights.
+
+        A LoRA that was there before goes. Raises CheckpointError if the file does not fit this base.
+        """
+        remove_lora(self.unet)
+        tensors = read_tensors(path)
+        if is_lora(tensors):
+            load_lora(self.unet, path)
+        else:
+            load_tensors(self.unet, tensors, path)
         layout = torch.channels_last if self.device.type == "cpu" else torch.preserve_format
         self.unet.to(self.device, memory_format=layout)
 

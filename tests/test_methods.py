@@ -2,12 +2,16 @@
 
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import call, error_line, write_base, write_photos
 
+import sample
 import train
 from model.dino import DINO, DINOConfig
 from model.stable_diffusion import StableDiffusion
@@ -176,6 +180,60 @@ def test_keep_last_keeps_the_last(run, tmp_path, monkeypatch):
     run("--keep-last", "--validate-every", 2)
     header = read_metadata(tmp_path / "best.safetensors")
     assert header["step"] == "3" and float(header["reward"]) == pytest.approx(0.2)
+
+
+def test_a_lora_is_a_small_file_and_the_base_is_the_network_without_it(run, world, tmp_path, monkeypatch, capsys):
+    steps, _ = run("--lora-rank", 2, "--keep-last")
+    assert steps[0]["margin"] == 0 and steps[1]["margin"] != 0  # θ is θ₀ until the first step, and not after
+    tensors, header = weights(tmp_path), read_metadata(tmp_path / "best.safetensors")
+    assert header["lora_rank"] == header["ss_network_dim"] == "2"
+    assert all(name.split(".", 1)[1] in ("lora_down.weight", "lora_up.weight", "alpha") for name in tensors)
+    drawn = []
+    for options in (("--ckpt", "best.safetensors"), ("--base", world / "base")):
+        assert (
+            call(sample, monkeypatch, *options, "--prompt", "a [V] dog", "--n", 1, "--steps", 2, "--guidance", 7.5) == 0
+        )
+        drawn.append(np.asarray(Image.open(tmp_path / "outputs" / "grid.png")).astype(int))
+    assert abs(drawn[0] - drawn[1]).max() > 0
+    shutil.copytree(world / "base" / "tokenizer", tmp_path / "tokenizer")
+    assert call(sample, monkeypatch, "--ckpt", "best.safetensors", "--export-single", "whole.safetensors") == 0
+    options = ("--base", "whole.safetensors", "--prompt", "a [V] dog", "--n", 1, "--steps", 2, "--guidance", 7.5)
+    assert call(sample, monkeypatch, *options) == 0
+    merged = np.asarray(Image.open(tmp_path / "outputs" / "grid.png")).astype(int)
+    assert abs(merged - drawn[0]).max() <= 2 < abs(merged - drawn[1]).max()  # half precision
+
+
+def test_a_resumed_lora_run_ends_as_an_unbroken_one(world, tmp_path, monkeypatch):
+    """Its negatives too: θ₀ draws them, though θ's adapters are loaded by then."""
+    arguments = (
+        "--subject",
+        world / "dog",
+        "--base",
+        world / "base",
+        *QUICK,
+        "--lora-rank",
+        2,
+        "--steps",
+        6,
+        "--keep-last",
+    )
+    results, step = [], train.Trainer.step
+    for name, stop in (("whole", 99), ("cut", 5)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+
+        def interrupted(self, number, stop=stop):
+            if number == stop:
+                raise KeyboardInterrupt
+            return step(self, number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Trainer, "step", interrupted)
+            assert call(train, monkeypatch, *arguments) == (130 if stop == 5 else 0)
+        if stop == 5:
+            assert call(train, monkeypatch, *arguments, "--resume") == 0
+        results.append((tmp_path / name / "best.safetensors").read_bytes())
+    assert results[0] == results[1]
 
 
 def test_every_number_logged_is_finite(run):
