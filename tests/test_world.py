@@ -224,10 +224,10 @@ def test_four_drawings_in_a_row_show_one_subject():
 
 
 def test_data_dog_is_the_worlds_own_reserved_dog():
-    photos = world.example_photos()
+    photos = world.photos_of("dog", world.EXAMPLE_DOG)
     files = sorted((DATA / "dog").glob("*.png"))
     assert len(photos) == len(files) == 5
     for photo, file in zip(photos, files, strict=True):
         with Image.open(file) as saved:
             assert saved.mode == "RGB" and saved.size == (128, 128)
-            assert saved.tobytes() == photo.tobytes(), f"{file.name} is not what world.example_photos() draws"
+            assert saved.tobytes() == photo.tobytes(), f"{file.name} is not what world.photos_of draws"

@@ -17,53 +17,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
-from model.clip import CLIP
-from model.dino import DINO
+from metrics import Metrics
 from model.stable_diffusion import StableDiffusion
-from model.tokenizer import CLIPTokenizer
-from reward import strip_token
 from subject import load_photos, load_subject
 from toy.networks import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
-
-
-@torch.no_grad()
-def mean_cosine(a: Tensor, b: Tensor) -> float:
-    """The mean cosine of every row of a with every row of b."""
-    return (F.normalize(a, dim=1) @ F.normalize(b, dim=1).T).mean().item()
-
-
-class Metrics:
-    """DINO and CLIP-I: every picture with every photo. CLIP-T: every picture with its own prompt, without the token."""
-
-    def __init__(self, photos: list[Image.Image], token: str):
-        self.clip, self.dino = (
-            CLIP.from_pretrained(WEIGHTS / "metrics/clip"),
-            DINO.from_pretrained(WEIGHTS / "metrics/dino"),
-        )
-        self.tokenizer, self.token = CLIPTokenizer.from_pretrained(WEIGHTS / "metrics/clip"), token
-        self.photos = self.features(photos)
-
-    @torch.no_grad()
-    def features(self, pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        return self.dino(self.dino.preprocess(pictures)), self.clip.image_features(self.clip.preprocess(pictures))
-
-    @torch.no_grad()
-    def __call__(self, pictures: list[Image.Image], prompts: list[str]) -> dict[str, float]:
-        dino, clip = self.features(pictures)
-        text = self.clip.text_features(self.tokenizer([strip_token(prompt, self.token) for prompt in prompts]))
-        return {
-            "DINO": mean_cosine(dino, self.photos[0]),
-            "CLIP-I": mean_cosine(clip, self.photos[1]),
-            "CLIP-T": F.cosine_similarity(clip, text).mean().item(),
-        }
 
 
 def main() -> None:
@@ -77,7 +38,10 @@ def main() -> None:
     subject = load_subject(args.subject)
     sd = StableDiffusion.from_pretrained(WEIGHTS)
     base_weights = {name: tensor.clone() for name, tensor in sd.unet.state_dict().items()}
-    metrics = Metrics(load_photos(subject, sd.image_size), subject.token)
+    photos = load_photos(subject, sd.image_size)
+    metrics = Metrics.from_folders(
+        WEIGHTS / "metrics" / "clip", WEIGHTS / "metrics" / "dino", WEIGHTS / "reward", photos, subject.token
+    )
     rows = []
     for seed in args.seeds:
         ckpt, start = args.out / f"seed{seed}.safetensors", time.time()
@@ -109,7 +73,9 @@ def main() -> None:
                 sd.load_unet(ckpt)
             with tqdm(total=len(prompts), desc=f"seed {seed}, {which}", leave=False) as bar:
                 guidance = sd.recommended.get("guidance", 7.5)
-                scores.append(metrics(sd.generate(prompts, seeds, guidance=guidance, on_batch=bar.update), prompts))
+                scored = metrics(sd.generate(prompts, seeds, guidance=guidance, on_batch=bar.update), prompts)
+            names = {"DINO": "dino", "CLIP-I": "clip_i", "CLIP-T": "clip_t"}
+            scores.append({title: scored[name].mean().item() for title, name in names.items()})
         base, ours = (
             {"λ-Harmonic": r["reward"], "ALIGN-I": r["align_i"], "ALIGN-T": r["align_t"]}
             for r in (validations[0], kept)

@@ -291,9 +291,9 @@ def sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
     return page
 
 
-def example_photos() -> list[Image.Image]:
-    """data/dog: five drawings of one reserved dog, in scenes that no training prompt of the paper asks for."""
-    named = reserved_subject("dog", EXAMPLE_DOG)
+def photos_of(kind: str, index: int) -> list[Image.Image]:
+    """Five drawings of a reserved subject, in scenes that no training prompt of the paper asks for."""
+    named = reserved_subject(kind, index)
     scenes = (None, "in the snow", "with a mountain in the background", "on top of a wooden floor", None)
     return [draw(named, Picture(scene=scene), random.Random(f"photo {i}")) for i, scene in enumerate(scenes)]
 
@@ -305,7 +305,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.photos:
         args.photos.mkdir(parents=True, exist_ok=True)
-        for i, photo in enumerate(example_photos()):
+        for i, photo in enumerate(photos_of("dog", EXAMPLE_DOG)):
             photo.save(args.photos / f"{i:02d}.png")
         return
     drawings = []
