@@ -66,6 +66,12 @@ OTHERS = {
 }
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raise CheckpointError for a .ckpt and its like, whatever it holds."""
+    if Path(path).suffix.lower() in PICKLES:
+        raise CheckpointError(f"{path} is a pickle, which may run code when opened: get this model as .safetensors")
+
+
 def read_single_file(path: Path | str, prediction_type: str | None = None) -> Parts:
     """A CompVis-layout file as the parts of a base model's folder.
 
@@ -78,8 +84,7 @@ def read_single_file(path: Path | str, prediction_type: str | None = None) -> Pa
     too many, or if nothing says what an SD 2.x predicts.
     """
     path = Path(path)
-    if path.suffix.lower() in PICKLES:
-        raise CheckpointError(f"{path} is a pickle, which may run code when opened: get this model as .safetensors")
+    refuse_pickle(path)
     bare = re.escape(OPENAI) + "(?=embeddings|encoder|final_layer_norm)"  # some tools leave out "text_model."
     tensors = {re.sub(f"^{bare}", f"{OPENAI}text_model.", name): tensor for name, tensor in read_tensors(path).items()}
     _refuse_others(tensors, path)

@@ -20,7 +20,7 @@ from torch import Tensor
 from model.clip import CLIPTextConfig, CLIPTextEncoder
 from model.lora import is_lora, load_lora, merge, remove_lora
 from model.scheduler import Scheduler, SchedulerConfig, randn
-from model.single_file import read_single_file, write_single_file
+from model.single_file import read_single_file, refuse_pickle, write_single_file
 from model.tokenizer import CLIPTokenizer
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
@@ -231,6 +231,7 @@ def check_layout(base: Path) -> None:
             f"the base model {base} is not there: --base takes a folder with unet/, vae/, ..., or a file"
         )
     if base.is_file():
+        refuse_pickle(base)
         if not (base.parent / "tokenizer").is_dir():
             raise CheckpointError(
                 f"{base} needs the folder tokenizer (vocab.json, merges.txt) beside it, which no single file holds: "

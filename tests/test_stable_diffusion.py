@@ -406,6 +406,8 @@ def test_what_is_no_base(tmp_path, base):
     refused(tmp_path / "none", tmp_path / "none", "not there")
     (tmp_path / "file").touch()
     refused(tmp_path / "file", "tokenizer", "vocab.json", "hf download")
+    (tmp_path / "v1-5.ckpt").touch()
+    refused(tmp_path / "v1-5.ckpt", "pickle", ".safetensors")
     for part, name in (("text_encoder_2", "SDXL"), ("transformer", "SD 3")):
         (tmp_path / name / part).mkdir(parents=True)
         refused(tmp_path / name, name, "only Stable Diffusion 1.x and 2.x")
