@@ -33,7 +33,8 @@ def run(args) -> int:
     if args.ckpt:
         sd.load_unet(args.ckpt)
     if args.export_single:
-        cli.write_whole(args.export_single, lambda path: sd.export(path, header))
+        whole = {name: value for name, value in header.items() if not name.startswith("ss_")}  # those are a LoRA's
+        cli.write_whole(args.export_single, lambda path: sd.export(path, whole))
         print(f"{args.export_single}: U-Net, VAE and text encoder in one file, in half precision")
         return 0
     steps = args.steps or cli.recommended(sd.recommended, "solver_steps", 20, f"{home_of(base) / 'rpo.json'}")
