@@ -116,8 +116,7 @@ class Trainer:
             self.dino_photos = dino_features(self.dino, self.photos)
         self.ref_posterior, self.drawn_posterior = sd.encode_images(self.photos), sd.encode_images(drawn)
         self.ref_context = sd.encode_prompts([self.subject.instance_prompt])
-        contexts = {prompt: sd.encode_prompts([prompt]) for prompt in dict.fromkeys(prompts)}
-        self.drawn_context = torch.cat([contexts[prompt] for prompt in prompts])
+        self.drawn_context = sd.encode_prompts(prompts)
         sd.unet = self.unet  # θ draws from here on
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -247,7 +246,7 @@ def settle(args: argparse.Namespace, recommended: dict) -> None:
             source = OURS.get(key, "the paper")
             source = "this base's recommendation" if key in recommended else source
             setattr(args, name, cli.recommended(recommended, key, paper, f"{home_of(args.base) / 'rpo.json'}"))
-        if name != ("class_images" if args.method == "rpo" else ""):
+        if name != "class_images" or args.method != "rpo":
             print(f"  {name:18} {getattr(args, name):<8g} {source}")
 
 

@@ -136,8 +136,13 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 77, width): the text encoder's last hidden state. What exceeds 77 tokens is cut off."""
-        return self.text_encoder(self.tokenizer(list(prompts)).to(self.device))
+        """(B, 77, width): the text encoder's last hidden state, computed once for equal prompts.
+
+        What exceeds 77 tokens is cut off.
+        """
+        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        contexts = self.text_encoder(self.tokenizer(list(unique)).to(self.device))
+        return contexts[[unique[prompt] for prompt in prompts]]
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], batch_size: int = 8) -> tuple[Tensor, Tensor]:
@@ -199,13 +204,12 @@ class StableDiffusion:
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(f"latents should be {(len(prompts), *shape)}, not {tuple(latents.shape)}")
         pictures = []
-        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        contexts, empty = self.encode_prompts(list(unique)), self.encode_prompts([""])
+        contexts, empty = self.encode_prompts(prompts), self.encode_prompts([""])
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
             noise = randn(shape, generators, self.device) if latents is None else latents[part].to(self.device)
-            context = contexts[[unique[prompt] for prompt in prompts[part]]]
+            context = contexts[part]
             nothing = empty.expand_as(context)
 
             def denoise(x: Tensor, t: Tensor, context=context, nothing=nothing) -> Tensor:
