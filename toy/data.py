@@ -24,6 +24,12 @@ CACHE = Path(__file__).parent / "cache"
 CAPTIONS = 4  # different captions kept for each drawing
 
 
+def autocast(device: str):
+    """bf16 arithmetic where the hardware has it: a CPU that only imitates it is 2 to 4 times slower than fp32."""
+    fast = device != "cpu" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.autocast(device, torch.bfloat16, enabled=fast)
+
+
 def draw_block(first: int, last: int) -> tuple[np.ndarray, list[list[str]]]:
     """Drawings first..last-1 of the training stream, (n, 128, 128, 3) uint8, and their captions."""
     pictures, captions = [], []
@@ -106,7 +112,7 @@ def encoded(data: Data, vae: VAE, device: str, count: int) -> tuple[Tensor, Tens
     if not path.exists() or read_metadata(path) != key:
         means, stds = [], []
         for start in tqdm(range(0, count, 64), desc="encoding"):
-            with torch.autocast(device, torch.bfloat16):
+            with autocast(device):
                 mean, logvar = vae.encode(data.pixels(range(start, min(start + 64, count))))
             means.append((scale * mean.float()).half())
             stds.append((scale * torch.exp(0.5 * logvar.float())).half())

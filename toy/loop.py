@@ -45,7 +45,7 @@ def fit(
     minutes_between_saves: float = 4.0,
     fixed: Sequence[nn.Module] = (),
 ) -> None:
-    """Train `network` with AdamW, warm-up and cosine decay, and an average of the weights; resumable; bf16 autocast.
+    """Train `network` with AdamW, warm-up and cosine decay, and an average of the weights; resumable.
 
     `loss_of(step)` draws its batch from the step number, so that a resumed run sees what an unbroken one would see.
     `fixed` names the modules inside `network` that are not trained.
@@ -83,7 +83,7 @@ def fit(
         torch.manual_seed(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, step / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.autocast(device, torch.bfloat16):
+        with data.autocast(device):
             loss, parts = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
