@@ -2,20 +2,23 @@
 
     python -m toy.bench --quick              # minutes: two subjects, one seed, the four methods, 120 steps
     python -m toy.bench                      # six subjects, two seeds, everything: hours on two cores
-    python -m toy.bench --only methods       # one group: methods, loss, lambda_train, beta_tau
+    python -m toy.bench --only methods loss  # some groups: rpo, methods, loss, lambda_train, beta_tau, lr
+    python -m toy.bench --only rpo --subjects dog-1 --seeds 0 1 2      # data/dog: README's first table
 
-Every variant trains with train.py's own Trainer and the base's recommended settings, from the same photos, for the same
-number of steps. Then the 25 test prompts are drawn with the kept weights, four pictures each, from the same noise, and
-scored by metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val, the mean, early
-stopping) uses one run's saved validations. Pictures that variants share, the negatives and the base's, are drawn once.
+Every variant trains with train.py's own Trainer, from the same photos, for the same number of steps, with the base's
+recommended settings. Then the 25 test prompts are drawn with the kept weights, from the same noise, and scored by
+metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val, the mean, early stopping)
+uses one run's saved validations. Pictures that variants share, the negatives and the base's, are drawn once.
 
---out holds results.jsonl, a line a result, to which an interrupted benchmark adds when it is started again with the
-same flags; tables.md; and the two figures.
+--out holds results.jsonl, a line a result; tables.md; and the figures. An interrupted benchmark goes on when it is
+started again. Two may fill one --out side by side, with other --subjects or --seeds. A line counts only for the
+weights, steps and images that it was made with.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import statistics
@@ -38,15 +41,17 @@ from subject import Subject, load_photos, load_subject
 from toy import world
 from toy.networks import WEIGHTS
 
-SUBJECTS = (("dog", 2), ("cat", 0), ("rabbit", 1), ("backpack", 0), ("clock", 0), ("teapot", 1))  # reserved: never seen
-KEEP_LAST = ["--keep-last"]
+SUBJECTS = ("dog-2", "cat-0", "rabbit-1", "backpack-0", "clock-0", "teapot-1")  # reserved: no training has seen them
+TUNING = ("dog-3",)  # for the learning rates alone
+METHODS = {
+    "RPO": [],
+    "DreamBooth": ["--method", "dreambooth", "--keep-last"],
+    "DPG, look-forward": ["--method", "dpg", "--keep-last"],
+    "DPG, DINO": ["--method", "dpg", "--dpg-reward", "dino", "--keep-last"],
+}
 GROUPS: dict[str, dict[str, list[str]]] = {
-    "methods": {
-        "RPO": [],
-        "DreamBooth": ["--method", "dreambooth", *KEEP_LAST],
-        "DPG, look-forward": ["--method", "dpg", *KEEP_LAST],
-        "DPG, DINO": ["--method", "dpg", "--dpg-reward", "dino", *KEEP_LAST],
-    },
+    "rpo": {"RPO": METHODS["RPO"]},
+    "methods": METHODS,
     "loss": {"similarity only": ["--preference-weight", "0"]},
     "lambda_train": {f"λ_train {value}": ["--lambda-train", value] for value in ("0.3", "0.5", "0.7")},
     "beta_tau": {
@@ -55,6 +60,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "τ 0.02": ["--tau", "0.02"],
         "β 2000, τ 0.02": ["--beta", "2000", "--tau", "0.02"],
     },
+    "lr": {f"{m}, lr {lr}": [*METHODS[m], "--lr", lr] for m in METHODS for lr in ("1e-5", "3e-5", "1e-4")},
 }
 # What is chosen from RPO's and the similarity's saved validations: (λ_val, mean), or None for the last one.
 CHOICES = {
@@ -65,7 +71,9 @@ CHOICES = {
     "no early stopping": None,
 }
 SELECTED = {"RPO": CHOICES, "similarity only": {"no early stopping": None}}
-SCORES = {"DINO": "dino", "CLIP-I": "clip_i", "CLIP-T": "clip_t"}
+VALIDATED = {"λ-Harmonic": "reward", "ALIGN-I": "align_i", "ALIGN-T": "align_t"}  # on the validation's own prompts
+SCORES = {"DINO": "dino", "CLIP-I": "clip_i", "CLIP-T": "clip_t"}  # on the test prompts
+LOGGED = {"P": "p", "share of y = 1": "label", "Δ": "margin", "mean \\|Δ\\|": "|margin|", "agreement": "accuracy"}
 FIGURE_PROMPTS = 6
 
 
@@ -103,6 +111,17 @@ class Watched(train.Trainer):
             (step for step in self.scored if step), key=lambda s: MEANS[mean](*self.scored[s], lam).mean().item()
         )
 
+    def validated(self, step: int) -> dict[str, float]:
+        """What the validation of a step measured."""
+        row = next(row for row in self.record.history if row["step"] == step and "reward" in row)
+        return {title: row[name] for title, name in VALIDATED.items()}
+
+    def logged(self) -> dict[str, float]:
+        """Means over the second half of the steps of what RPO's loss logs: does the preference regularise at all?"""
+        steps = [row for row in self.record.history if "total" in row]
+        half = [row | {"|margin|": abs(row["margin"])} for row in steps[len(steps) // 2 :] if "margin" in row]
+        return {name: statistics.mean(row[name] for row in half) for name in LOGGED.values()} if half else {}
+
 
 class Bench:
     """The runs, and the file that grows with their results."""
@@ -111,24 +130,27 @@ class Bench:
         self.out, self.steps, self.images = out, steps, images
         self.path = out / "results.jsonl"
         out.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.rows = [json.loads(line) for line in lines]
+        files = [*sorted(WEIGHTS.rglob("*.safetensors")), WEIGHTS / "rpo.json"]
+        weights = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+        self.made_with = {"weights": weights.hexdigest()[:12], "steps": steps, "images": images}
         self.sd = StableDiffusion.from_pretrained(WEIGHTS)  # draws the test prompts
         self.base = {name: tensor.clone() for name, tensor in self.sd.unet.state_dict().items()}
         self.metrics = None
 
-    def done(self, **which) -> bool:
-        return any(all(row[name] == value for name, value in which.items()) for row in self.rows)
+    def rows(self, **which) -> list[dict]:
+        """The results so far, another process's too, that were made with these weights, steps and images."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        return [row for row in map(json.loads, lines) if row.items() >= (self.made_with | which).items()]
 
     def note(self, **row) -> None:
-        self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row | self.made_with, ensure_ascii=False) + "\n")
 
-    def subject(self, kind: str, index: int) -> Subject:
-        folder = self.out / "photos" / f"{kind}-{index}"
+    def subject(self, name: str) -> Subject:
+        kind, index = name.rsplit("-", 1)
+        folder = self.out / "photos" / name
         folder.mkdir(parents=True, exist_ok=True)
-        for i, photo in enumerate(world.photos_of(kind, index)):
+        for i, photo in enumerate(world.photos_of(kind, int(index))):
             photo.save(folder / f"{i:02d}.png")
         subject = load_subject(folder, kind, world.is_live(kind))
         photos = load_photos(subject, self.sd.image_size)
@@ -146,8 +168,8 @@ class Bench:
         guidance = self.sd.recommended.get("guidance", 7.5)
         with tqdm(total=len(prompts), desc=f"testing {name}", unit="image", leave=False) as bar:
             images = self.sd.generate(prompts, seeds, guidance=guidance, on_batch=bar.update)
-        page = world.sheet(images[:: self.images][:: len(subject.test_prompts) // FIGURE_PROMPTS], len(images))
-        page.save(self.figure_row(subject.folder.name, seed, name))
+        shown = images[:: self.images][:: len(subject.test_prompts) // FIGURE_PROMPTS][:FIGURE_PROMPTS]
+        world.sheet(shown, len(shown)).save(self.figure_row(subject.folder.name, seed, name))
         scores = self.metrics(images, prompts)
         return {title: scores[key].mean().item() for title, key in SCORES.items()}
 
@@ -155,74 +177,73 @@ class Bench:
         (self.out / "rows").mkdir(exist_ok=True)
         return self.out / "rows" / f"{subject} {seed} {name}.png"
 
-    def run(self, kind: str, index: int, seed: int, name: str, options: list[str], choices: dict) -> None:
+    def run(self, subject: Subject, seed: int, name: str, options: list[str]) -> None:
         """Train one variant and score what it keeps, and what other choices among its validations would have kept."""
-        which = {"subject": f"{kind}-{index}", "seed": seed}
-        subject, ckpt = self.subject(kind, index), self.out / "run" / "best.safetensors"
-        flags = ["--subject", subject.folder, "--noun", kind, "--ckpt", ckpt, "--seed", seed, "--steps", self.steps]
-        flags += ["--live" if subject.live else "--no-live", *options]
-        Watched.folder = self.out / "run" / "validations"
+        which, folder = {"subject": subject.folder.name, "seed": seed}, self.out / f"run-{subject.folder.name}-{seed}"
+        flags = ["--subject", subject.folder, "--noun", subject.noun, "--ckpt", folder / "best.safetensors"]
+        flags += ["--live" if subject.live else "--no-live", "--seed", seed, "--steps", self.steps, *options]
+        if "--keep-last" in options:  # nothing is chosen: one validation, at the end, will do
+            flags += ["--validate-every", self.steps]
+        Watched.folder = folder / "validations"
         Watched.folder.mkdir(parents=True, exist_ok=True)
         start, train.Trainer = time.time(), Watched
         if status := train.run(train.flags().parse_args(list(map(str, flags)))):
             sys.exit(status)
         seconds, trainer, scores = time.time() - start, Watched.last, {}
-        kept = trainer.record.best_step
-        steps = {"": kept} | {choice: trainer.chosen(how) for choice, how in choices.items()}
+        if not self.rows(variant="base", **which):
+            tested = self.score(subject, seed, self.base, "base")
+            self.note(variant="base", choice="", **which, step=0, seconds=0.0, **trainer.validated(0), **tested)
+        steps = {"": trainer.record.best_step}
+        steps |= {choice: trainer.chosen(how) for choice, how in SELECTED.get(name, {}).items()}
         for choice, step in steps.items():
             title = f"{name} {choice}".strip()
             if step not in scores:
                 weights = read_tensors(Watched.folder / f"{step}.safetensors")
                 scores[step] = title, self.score(subject, seed, weights, title)
-            elif choice:
+            else:
                 rows = [self.figure_row(subject.folder.name, seed, one) for one in (scores[step][0], title)]
                 shutil.copyfile(*rows)
             row = {"variant": name, "choice": choice, **which, "step": step, "seconds": round(seconds, 1)}
-            self.note(**row, **self.logged(trainer), **scores[step][1])
+            self.note(**row, **trainer.validated(step), **scores[step][1], **trainer.logged())
+        shutil.rmtree(folder)
 
-    def logged(self, trainer: Watched) -> dict[str, float]:
-        """Means over the steps of what the loss logs, to see whether the preference regularises at all."""
-        steps = [row for row in trainer.record.history if "total" in row]
-        half = steps[len(steps) // 2 :]
-        names = [name for name in ("p", "label", "margin", "accuracy", "preference") if name in steps[0]]
-        logged = {name: statistics.mean(row[name] for row in half) for name in names}
-        if "margin" in names:
-            logged["|margin|"] = statistics.mean(abs(row["margin"]) for row in half)
-        return logged
-
-    def all(self, subjects, seeds, groups) -> None:
-        for (kind, index), seed in ((s, seed) for seed in seeds for s in subjects):
-            Watched.shared.clear()
-            which = {"subject": f"{kind}-{index}", "seed": seed}
-            if not self.done(variant="base", **which):
-                scores = self.score(self.subject(kind, index), seed, self.base, "base")
-                self.note(variant="base", choice="", **which, step=0, seconds=0.0, **scores)
-            for name, options in ((n, o) for group in groups for n, o in GROUPS[group].items()):
-                choices = SELECTED.get(name, {})
-                last = list(choices)[-1] if choices else ""
-                if not self.done(variant=name, choice=last, **which):
-                    print(f"\n== {name}, {kind} {index}, seed {seed}", flush=True)
-                    self.run(kind, index, seed, name, options, choices)
-                    self.tables()
+    def all(self, subjects: list[str], seeds: list[int], groups: list[str]) -> None:
+        variants = {name: options for group in groups for name, options in GROUPS[group].items()}
+        for seed in seeds:
+            for subject in map(self.subject, subjects):
+                Watched.shared.clear()
+                for name, options in variants.items():
+                    last = list(SELECTED.get(name, {"": None}))[-1]
+                    if not self.rows(variant=name, choice=last, subject=subject.folder.name, seed=seed):
+                        print(f"\n== {name}, {subject.folder.name}, seed {seed}", flush=True)
+                        self.run(subject, seed, name, options)
+                        self.tables()
 
     # ------------------------------------------------------------------------------------------ what comes out
 
     def table(self, title: str, variants: list[tuple[str, str]]) -> Iterator[str]:
-        """Mean ± standard deviation over subjects and seeds, of the runs that all of these variants have."""
-        runs = {
-            v: {(r["subject"], r["seed"]): r for r in self.rows if (r["variant"], r["choice"]) == v} for v in variants
-        }
-        runs = {variant: found for variant, found in runs.items() if found}
-        if not runs:
+        """Mean ± standard deviation over subjects and seeds, of the runs that all of these variants have.
+
+        In brackets: the difference from the first of them, run by run, and its standard error.
+        """
+        results = {v: {(r["subject"], r["seed"]): r for r in self.rows(variant=v[0], choice=v[1])} for v in variants}
+        results = {variant: found for variant, found in results.items() if found}
+        if len(results) < 2 or not (runs := sorted(set.intersection(*map(set, results.values())))):
             return
-        common = set.intersection(*(set(found) for found in runs.values()))
-        yield f"**{title}** ({len(common)} runs each)\n"
-        yield "| | " + " | ".join(SCORES) + " | kept step | seconds |"
-        yield "|---|" + "---|" * (len(SCORES) + 2)
-        for (variant, choice), found in runs.items():
-            rows = [found[run] for run in sorted(common)]
-            cells = [f"{mean_and_spread([row[score] for row in rows])}" for score in SCORES]
-            step, seconds = (statistics.mean(row[key] for row in rows) for key in ("step", "seconds"))
+        yield f"**{title}** ({len(runs)} runs each: {', '.join(dict.fromkeys(subject for subject, _ in runs))})\n"
+        names = [*VALIDATED, *SCORES]
+        yield "| | " + " | ".join(names) + " | kept step | seconds |"
+        yield "|---|" + "---|" * (len(names) + 2)
+        first = next(iter(results.values()))
+        for (variant, choice), found in results.items():
+            cells = []
+            for score in names:
+                values = [found[run][score] for run in runs]
+                cells.append(f"{statistics.mean(values):.3f} ± {spread(values):.3f}")
+                if found is not first:
+                    gains = [found[run][score] - first[run][score] for run in runs]
+                    cells[-1] += f" ({statistics.mean(gains):+.3f} ± {spread(gains) / len(gains) ** 0.5:.3f})"
+            step, seconds = (statistics.mean(found[run][key] for run in runs) for key in ("step", "seconds"))
             yield f"| {choice or variant} | {' | '.join(cells)} | {step:.0f} | {seconds:.0f} |"
         yield ""
 
@@ -230,7 +251,8 @@ class Bench:
         """tables.md, from what there is."""
         rpo, names = [("RPO", "")], {group: [(name, "") for name in GROUPS[group]] for group in GROUPS}
         lines = [
-            *self.table("Methods", [("base", ""), *names["methods"]]),
+            *self.table("RPO and the base", [("base", ""), *rpo]),
+            *self.table("Methods", [*rpo, ("base", ""), *names["methods"][1:]]),
             *self.table(
                 "Loss and early stopping",
                 [*rpo, ("RPO", "no early stopping"), *names["loss"], ("similarity only", "no early stopping")],
@@ -239,40 +261,50 @@ class Bench:
             *self.table("Harmonic or arithmetic mean", [("RPO", "λ_val 0.3"), ("RPO", "λ_val 0.3, arithmetic")]),
             *self.table("λ_train", [*rpo, *names["lambda_train"]]),
             *self.table("β and τ", [*rpo, *names["beta_tau"]]),
-            "| labels and margins | P | share of y = 1 | Δ | mean \\|Δ\\| | implicit accuracy |",
-            "|---|---|---|---|---|---|",
+            *self.table("Learning rates", names["lr"]),
+            f"| labels and margins | {' | '.join(LOGGED)} |",
+            "|---|" + "---|" * len(LOGGED),
         ]
-        for name in [name for group in GROUPS.values() for name in group]:
-            rows = [row for row in self.rows if row["variant"] == name and row["choice"] == "" and "p" in row]
-            if rows:
-                keys = ("p", "label", "margin", "|margin|", "accuracy")
-                cells = [f"{statistics.mean(row[key] for row in rows):.4f}" for key in keys]
+        for name in [name for group in ("rpo", "loss", "lambda_train", "beta_tau") for name in GROUPS[group]]:
+            if rows := self.rows(variant=name, choice=""):
+                cells = [f"{statistics.mean(row[key] for row in rows):.4f}" for key in LOGGED.values()]
                 lines.append(f"| {name} | {' | '.join(cells)} |")
         (self.out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def figure(self, path: Path, subject: str, seed: int, names: list[str]) -> None:
         """A row a variant, the same prompts and noise in every column; the photos on top."""
         rows = [(n, Image.open(p)) for n in names if (p := self.figure_row(subject, seed, n)).exists()]
-        if not rows:
+        if len(rows) < 2:
             return
         left, height = 110, rows[0][1].height
         page = Image.new("RGB", (left + rows[0][1].width, height * (len(rows) + 1)), "white")
-        photos = world.sheet([Image.open(p) for p in sorted((self.out / "photos" / subject).iterdir())], 9)
+        photos = world.sheet([Image.open(p) for p in sorted((self.out / "photos" / subject).iterdir())], 5)
         for i, (name, row) in enumerate([("photos", photos), *rows]):
             page.paste(row, (left, i * height))
             ImageDraw.Draw(page).text((4, i * height + height // 2), name.replace(", ", ",\n"), fill="black")
         page.save(path)
 
 
-def mean_and_spread(values: list[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {spread:.3f}"
+def spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def reserved(name: str) -> str:
+    """The name of a reserved subject, such as dog-2. Raises argparse's error for another."""
+    kind, _, index = name.rpartition("-")
+    if kind not in world.KINDS or index not in map(str, range(world.RESERVED_PER_KIND)):
+        last = world.RESERVED_PER_KIND - 1
+        raise argparse.ArgumentTypeError(f"{name!r} should be a kind and 0 to {last}: {', '.join(world.KINDS)}")
+    return name
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two subjects, one seed, the methods, 120 steps")
-    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="groups (default: all)")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), help="groups (default: all but lr)")
+    parser.add_argument(
+        "--subjects", nargs="+", type=reserved, metavar="KIND-N", help=f"(default: {' '.join(SUBJECTS)})"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="(default: 0 1)")
     parser.add_argument("--steps", type=int, default=400, help="gradient steps (default: 400)")
     parser.add_argument("--images", type=int, default=4, help="pictures a test prompt (default: 4)")
@@ -280,15 +312,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.only, args.seeds, args.steps, args.images = ["methods"], [0], 120, 1
+    default = (SUBJECTS[0], SUBJECTS[3]) if args.quick else TUNING if args.only == ["lr"] else SUBJECTS
+    subjects = args.subjects or default
     bench = Bench(args.out, args.steps, args.images)
-    subjects = (SUBJECTS[0], SUBJECTS[3]) if args.quick else SUBJECTS
-    bench.all(subjects, args.seeds, args.only)
+    bench.all(subjects, args.seeds, args.only or [group for group in GROUPS if group != "lr"])
     bench.tables()
-    shown = "{}-{}".format(*SUBJECTS[0])
-    bench.figure(args.out / "methods.png", shown, args.seeds[0], ["base", *GROUPS["methods"]])
-    bench.figure(
-        args.out / "lambda_val.png", shown, args.seeds[0], ["base", *(f"RPO {name}" for name in list(CHOICES)[:3])]
-    )
+    bench.figure(args.out / "methods.png", subjects[0], args.seeds[0], ["base", *METHODS])
+    rows = ["base", *(f"RPO {name}" for name in list(CHOICES)[:3])]
+    bench.figure(args.out / "lambda_val.png", subjects[0], args.seeds[0], rows)
     print((args.out / "tables.md").read_text(encoding="utf-8"))
 
 

@@ -1,0 +1,63 @@
+"""toy/bench.py: what counts as done, and the tables."""
+
+import argparse
+
+import pytest
+
+from toy.bench import GROUPS, LOGGED, SCORES, VALIDATED, Bench, reserved
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path, steps=400, images=4)
+
+
+def note(bench, variant, subject, seed, score, choice=""):
+    scores = dict.fromkeys((*VALIDATED, *SCORES), score) | dict.fromkeys(LOGGED.values(), 0.5)
+    bench.note(variant=variant, choice=choice, subject=subject, seed=seed, step=40, seconds=1.5, **scores)
+
+
+def test_results_of_other_weights_steps_or_images_do_not_count(bench, tmp_path):
+    note(bench, "RPO", "dog-2", 0, 0.5)
+    assert len(bench.rows(variant="RPO", subject="dog-2", seed=0)) == 1 and not bench.rows(variant="RPO", seed=1)
+    assert not Bench(tmp_path, steps=120, images=4).rows() and not Bench(tmp_path, steps=400, images=1).rows()
+    bench.made_with |= {"weights": "others"}
+    assert not bench.rows()
+    note(bench, "RPO", "dog-2", 0, 0.7)  # another process with other weights
+    assert [row["DINO"] for row in Bench(tmp_path, steps=400, images=4).rows()] == [0.5]
+
+
+def test_a_table_compares_run_by_run(bench):
+    for seed, (rpo, other) in enumerate([(0.5, 0.6), (0.7, 0.9), (0.1, 0.5)]):
+        note(bench, "RPO", "dog-2", seed, rpo)
+        note(bench, "DreamBooth", "dog-2", seed, other)
+    note(bench, "RPO", "cat-0", 0, 100.0)  # DreamBooth has no such run: it must not count
+    title, _, _, first, second, _ = bench.table("Methods", [("RPO", ""), ("DreamBooth", ""), ("unknown", "")])
+    assert "3 runs each: dog-2" in title
+    columns = len(VALIDATED) + len(SCORES)
+    assert first == "| RPO | " + " | ".join(["0.433 ± 0.306"] * columns) + " | 40 | 2 |"
+    # differences 0.1, 0.2, 0.4: mean 0.2333, standard deviation 0.15275, over √3
+    assert second == "| DreamBooth | " + " | ".join(["0.667 ± 0.208 (+0.233 ± 0.088)"] * columns) + " | 40 | 2 |"
+
+
+def test_no_table_of_one_variant_or_of_no_common_run(bench):
+    note(bench, "RPO", "dog-2", 0, 0.5)
+    assert not list(bench.table("Methods", [("RPO", ""), ("DreamBooth", "")]))
+    note(bench, "DreamBooth", "dog-2", 1, 0.5)
+    assert not list(bench.table("Methods", [("RPO", ""), ("DreamBooth", "")]))
+    bench.tables()
+
+
+def test_reserved_subjects_are_named():
+    assert reserved("stuffed animal-3") == "stuffed animal-3"
+    for name in ("dog", "dog-4", "dog--1", "wolf-0", "-0"):
+        with pytest.raises(argparse.ArgumentTypeError, match="kind and 0 to 3"):
+            reserved(name)
+
+
+def test_every_variant_is_a_command_line_of_train(monkeypatch):
+    import train
+
+    for variants in GROUPS.values():
+        for options in variants.values():
+            train.flags().parse_args(["--subject", "dog", *options])
