@@ -8,7 +8,7 @@
     python -m toy.pretrain align           # the reward
     python -m toy.pretrain dino            # a metric
     python -m toy.pretrain unet
-    python -m toy.pretrain vae-decoder     # optional: sharper pictures from the same latents
+    python -m toy.pretrain vae-refine      # optional: sharper pictures from almost the same latents
 
 Each command goes on where it was stopped (its state is in toy/cache) and writes its part of weights/toy in the public
 layout, in half precision. `--go-on` starts from the weights that are there. On a GPU add `--device cuda` and a larger
@@ -19,6 +19,7 @@ other latents or other words.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import random
 import re
@@ -73,27 +74,32 @@ def begun(network: nn.Module, part: str, go_on: bool) -> nn.Module:
 
 def train_vae(steps: int, batch: int, device: str, go_on: bool = False, stage: str = "vae") -> None:
     """L1 + MSE + a little KL, in stages. "vae": random 64-pixel crops, a quarter of the cost. "vae-full": goes on
-    with whole pictures. "vae-decoder": goes on with the decoder alone, which leaves the latents, and the U-Net, valid.
+    with whole pictures. "vae-refine": goes on with log MSE a picture, that is PSNR, so that a plain picture counts as
+    much as a crowded one, and with an anchor in KL's place: the encoder may move its posteriors only a little, so that
+    the U-Net stays valid.
     """
     data = Data(device)
     vae = begun(VAE(config_from(VAEConfig, VAE_CONFIG)), "vae", go_on or stage != "vae")
     vae.to(memory_format=torch.channels_last)
-    fixed = [vae.encoder, vae.quant_conv] if stage == "vae-decoder" else []
-    scaling_factor = read_json(WEIGHTS / "vae" / "config.json")["scaling_factor"] if fixed else None
+    refine = stage == "vae-refine"
+    before = copy.deepcopy(vae).requires_grad_(False).to(device) if refine else None
+    scaling_factor = read_json(WEIGHTS / "vae" / "config.json")["scaling_factor"] if refine else None
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(step)
         pixels = data.pixels([rng.randrange(len(data)) for _ in range(batch)], 64 if stage == "vae" else None, rng)
-        with torch.set_grad_enabled(not fixed):
-            mean, logvar = vae.encode(pixels)
-        mean, logvar = mean.float(), logvar.float()
+        mean, logvar = (part.float() for part in vae.encode(pixels))
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         error = vae.decode(z).float() - pixels
+        if refine:
+            moved = torch.cat([mean, logvar], 1) - torch.cat(before.encode(pixels), 1).float()
+            psnr = 10 * math.log10(4) - 10 * error.square().mean((1, 2, 3)).log10().mean()
+            anchor = moved.square().mean()
+            return 10 * anchor - psnr / 4, {"psnr": psnr.item(), "moved": anchor.item() ** 0.5}
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / batch
         mse = error.square().mean()
         psnr = float(10 * torch.log10(4 / mse.detach()))
-        loss = error.abs().mean() + mse + (0 if fixed else 1e-6 * kl)
-        return loss, {"psnr": psnr, "kl": float(kl)}
+        return error.abs().mean() + mse + 1e-6 * kl, {"psnr": psnr, "kl": float(kl)}
 
     def save(tensors: dict[str, Tensor]) -> None:
         average = VAE(config_from(VAEConfig, VAE_CONFIG))
@@ -104,8 +110,8 @@ def train_vae(steps: int, batch: int, device: str, go_on: bool = False, stage: s
         config = VAE_CONFIG | {"scaling_factor": scaling_factor or round(1 / latents.std().item(), 5)}
         write_part(WEIGHTS / "vae", config, tensors, "diffusion_pytorch_model.safetensors")
 
-    lr = {"vae": 2e-3, "vae-full": 1e-3, "vae-decoder": 1e-3}[stage]
-    fit(stage, vae, loss_of, steps, lr, device, save, fixed=fixed)
+    lr = {"vae": 2e-3, "vae-full": 1e-3, "vae-refine": 1e-3}[stage]
+    fit(stage, vae, loss_of, steps, lr, device, save)
 
 
 # ---------------------------------------------------------------------------------------------------- contrastive
@@ -309,7 +315,7 @@ def train_unet(steps: int, batch: int, device: str, go_on: bool = False) -> None
 PARTS = {
     "vae": (train_vae, 5200, 16),
     "vae-full": (partial(train_vae, stage="vae-full"), 1200, 4),
-    "vae-decoder": (partial(train_vae, stage="vae-decoder"), 2000, 4),
+    "vae-refine": (partial(train_vae, stage="vae-refine"), 3000, 4),
     "clip": (train_clip, 2500, 96),
     "clip-pictures": (partial(train_clip, stage="clip-pictures"), 2000, 96),
     "align": (train_align, 1350, 96),
