@@ -126,6 +126,19 @@ def recommended(
         raise ValueError(f"{source} is wrong about {name}: {error}") from None
 
 
+def steps_and_guidance(
+    args: argparse.Namespace, ckpt: Path | None, header: dict, recommends: dict, settings: Path
+) -> tuple[int, float]:
+    """How to draw: --steps and --guidance win, then the guidance in the header of `ckpt`, then what the base recommends
+    in its file `settings`, then 20 steps and the paper's guidance.
+
+    Raises ValueError, naming the file, for a number that cannot be used.
+    """
+    steps = args.steps or recommended(recommends, "solver_steps", 20, f"{settings}")
+    guidance = recommended(recommends, "guidance", 7.5, f"{settings}")
+    return steps, args.guidance or recommended(header, "guidance", guidance, f"{ckpt}")
+
+
 def check_writable(path: Path, size: int = 0) -> None:
     """Raise ValueError, before any work, if a file of `size` bytes cannot be written at `path`. Leaves nothing."""
     try:

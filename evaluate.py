@@ -75,9 +75,8 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
     settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
 
     recommends = read_json(home / "rpo.json") if (home / "rpo.json").is_file() else {}
-    guidance = cli.recommended(recommends, "guidance", 7.5, f"{home / 'rpo.json'}")
-    settings["guidance"] = args.guidance or cli.recommended(header, "guidance", guidance, f"{ckpt}")
-    settings["steps"] = args.steps or cli.recommended(recommends, "solver_steps", 20, f"{home / 'rpo.json'}")
+    steps, guidance = cli.steps_and_guidance(args, ckpt, header, recommends, home / "rpo.json")
+    settings |= {"guidance": guidance, "steps": steps}
     told = cli.recommended(header, "lambda_val", 0.3, f"{ckpt}", cli.fraction)
     settings["lambda_val"] = told if args.lambda_val is None else args.lambda_val
 

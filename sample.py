@@ -37,9 +37,8 @@ def run(args) -> int:
         cli.write_whole(args.export_single, lambda path: sd.export(path, whole))
         print(f"{args.export_single}: U-Net, VAE and text encoder in one file, in half precision")
         return 0
-    steps = args.steps or cli.recommended(sd.recommended, "solver_steps", 20, f"{home_of(base) / 'rpo.json'}")
-    guidance = cli.recommended(sd.recommended, "guidance", 7.5, f"{home_of(base) / 'rpo.json'}")
-    guidance = args.guidance or cli.recommended(header, "guidance", guidance, str(args.ckpt))
+    told_by = home_of(base) / "rpo.json"
+    steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, sd.recommended, told_by)
     subject = f"a {header.get('token', '[V]')} {header['noun']}" if "noun" in header else "a dog"
     prompts = list(dict.fromkeys(args.prompt or [text.format(subject=subject) for text in DEFAULT_PROMPTS]))
     for prompt in prompts:
