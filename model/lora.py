@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.weights import CheckpointError, load_tensors, read_metadata, read_tensors, save_tensors, what_is
+from model.weights import CheckpointError, load_tensors, read_metadata, read_tensors, what_is
 
 PROJECTION = re.compile(r".+\.attn[12]\.(?:to_[qkv]|to_out\.0)")
 DIFFUSERS = re.compile(r"unet\.(.+)\.lora[._](A|B|down|up)\.weight")  # peft's A and B are down and up
@@ -153,11 +153,6 @@ def remove_lora(unet: nn.Module) -> None:
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         unet.set_submodule(place, plain.train(layer.training))
-
-
-def save_lora(path: Path, unet: nn.Module, metadata: dict[str, str]) -> None:
-    """Write `lora_tensors`; `metadata` joins `lora_header`, and wins. A loaded adapter's `scale` is not kept."""
-    save_tensors(lora_tensors(unet), path, lora_header(unet) | metadata)
 
 
 def lora_tensors(unet: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from tiny import write_base
 from model import lora
 from model.stable_diffusion import StableDiffusion
 from model.unet import UNet, UNetConfig
-from model.weights import CheckpointError, read_metadata
+from model.weights import CheckpointError, read_metadata, save_tensors
 
 WIDTH = 24  # of the context
 SMALL = {"cross_attention_dim": WIDTH, "norm_num_groups": 8}
@@ -84,6 +84,11 @@ def adapted(kind="sd1", rank=4, alpha=None, trained=True):
             for adapter in adapters.values():
                 adapter.lora_up.weight.normal_(0, 0.2, generator=generator)
     return unet
+
+
+def save_lora(path, unet, metadata):
+    """As train.py does it."""
+    save_tensors(lora.lora_tensors(unet), path, lora.lora_header(unet) | metadata)
 
 
 def difference(a, b):
@@ -216,7 +221,7 @@ def test_merge_gives_a_plain_network_with_the_same_output(kind):
 def test_remove_gives_the_base_back(tmp_path):
     """So that the LoRAs of several subjects can be drawn with, one after another."""
     unet, base = adapted(), network().state_dict()
-    lora.save_lora(tmp_path / "l.safetensors", unet, {})
+    save_lora(tmp_path / "l.safetensors", unet, {})
     expected = output(unet)
     for _ in range(2):
         lora.remove_lora(unet)
@@ -236,7 +241,7 @@ def test_merge_keeps_the_types_of_the_weights():
 
 def test_a_rank_above_the_width_works(tmp_path):
     unet = adapted(rank=50)
-    lora.save_lora(tmp_path / "l.safetensors", unet, {})
+    save_lora(tmp_path / "l.safetensors", unet, {})
     again = network()
     lora.load_lora(again, tmp_path / "l.safetensors")
     assert torch.equal(output(again), output(unet))
@@ -252,13 +257,13 @@ def test_impossible_settings(rank, alpha):
 
 def test_adapters_upon_adapters_are_refused(tmp_path):
     unet = adapted()
-    lora.save_lora(tmp_path / "l.safetensors", unet, {})
+    save_lora(tmp_path / "l.safetensors", unet, {})
     with pytest.raises(ValueError, match="adapters already"):
         lora.add_lora(unet, 4, generator=torch.Generator())
     with pytest.raises(ValueError, match="adapters already"):
         lora.load_lora(unet, tmp_path / "l.safetensors")
     with pytest.raises(ValueError, match="no adapters"):
-        lora.save_lora(tmp_path / "none.safetensors", network(), {})
+        save_lora(tmp_path / "none.safetensors", network(), {})
 
 
 # ---------------------------------------------------------------------------------------------- the file
@@ -267,19 +272,19 @@ def test_adapters_upon_adapters_are_refused(tmp_path):
 @pytest.mark.parametrize("alpha", [None, 1.5])
 def test_round_trip_is_exact(tmp_path, alpha):
     path, unet = tmp_path / "l.safetensors", adapted(alpha=alpha)
-    lora.save_lora(path, unet, {"token": "[V]"})
+    save_lora(path, unet, {"token": "[V]"})
     again = network()
     adapters = lora.load_lora(again, path)
     assert torch.equal(output(again), output(unet)) and torch.equal(off(again), output(network()))
     assert not any(parameter.requires_grad for parameter in adapters.parameters())
     written = path.read_bytes()
-    lora.save_lora(path, again, {"token": "[V]"})
+    save_lora(path, again, {"token": "[V]"})
     assert path.read_bytes() == written
 
 
 def test_the_file_holds_adapters_and_nothing_else(tmp_path):
     path, unet = tmp_path / "l.safetensors", adapted(rank=4, alpha=2.0)
-    lora.save_lora(path, unet, {"token": "[V]", "ss_v2": "told"})
+    save_lora(path, unet, {"token": "[V]", "ss_v2": "told"})
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     names = list(lora.lora_of(unet))
@@ -314,10 +319,10 @@ def test_header_names_the_base(width, version, v2):
 def test_strength(tmp_path):
     """At half strength the weights change by half as much; a saved copy is the file again."""
     path, unet = tmp_path / "l.safetensors", adapted(alpha=2.0)
-    lora.save_lora(path, unet, {})
+    save_lora(path, unet, {})
     half = network()
     lora.load_lora(half, path, scale=0.5)
-    lora.save_lora(tmp_path / "again.safetensors", half, {})
+    save_lora(tmp_path / "again.safetensors", half, {})
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     lora.merge(unet)
     lora.merge(half)
@@ -362,7 +367,7 @@ def their_output(unet):
 def test_diffusers_reads_our_file(tmp_path, kind, alpha):
     unet, reference = adapted(kind, alpha=alpha), theirs(kind)
     assert difference(their_output(reference), output(network(kind))) < 1e-5
-    lora.save_lora(tmp_path / "best.safetensors", unet, {"token": "[V]"})
+    save_lora(tmp_path / "best.safetensors", unet, {"token": "[V]"})
     StableDiffusionPipeline.load_lora_into_unet(
         *StableDiffusionPipeline.lora_state_dict(tmp_path / "best.safetensors"), reference
     )
@@ -414,7 +419,7 @@ def test_diffusers_draws_the_same_picture(tmp_path):
     generator = torch.Generator().manual_seed(0)
     for adapter in lora.add_lora(sd.unet, 4, 2.0, generator=generator).values():
         torch.nn.init.normal_(adapter.lora_up.weight, std=0.5, generator=generator)
-    lora.save_lora(path, sd.unet, {"token": "[V]"})
+    save_lora(path, sd.unet, {"token": "[V]"})
     pipe = StableDiffusionPipeline(
         AutoencoderKL.from_pretrained(base / "vae"),
         transformers.CLIPTextModel.from_pretrained(base / "text_encoder"),
