@@ -76,15 +76,16 @@ def add_lora(unet: nn.Module, rank: int, alpha: float | None = None, *, generato
     return _attach(unet, tensors, dict.fromkeys(projections, alpha), 1.0, "a new LoRA").requires_grad_(True)
 
 
-def load_lora(unet: nn.Module, path: Path, scale: float = 1.0) -> LoRA:
+def load_lora(unet: nn.Module, path: Path, scale: float = 1.0, read: dict[str, Tensor] | None = None) -> LoRA:
     """Give the U-Net the adapters of a file, frozen, `scale` times as strong as they are; returns them.
 
+    read: the file's tensors, where they have been read already.
     Its tensors are named as kohya or as diffusers does; it may adapt only some of the projections, each with a rank and
     an alpha of its own. Raises CheckpointError if it is no LoRA of this U-Net's attention alone, or has holes, and
     leaves the U-Net as it was; ValueError if there are adapters already.
     """
     path = Path(path)
-    projections, read = _projections(unet), read_tensors(path)
+    projections, read = _projections(unet), read_tensors(path) if read is None else read
     if other := next(filter(OTHERS.search, sorted(read)), None):
         kinds = "LyCORIS, DoRA and LoRAs of text encoders or convolutions are not supported"
         raise CheckpointError(f"{path} holds {other}: {kinds}")

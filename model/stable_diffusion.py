@@ -119,7 +119,7 @@ class StableDiffusion:
         remove_lora(self.unet)
         tensors = read_tensors(path)
         if is_lora(tensors):
-            load_lora(self.unet, path)
+            load_lora(self.unet, path, read=tensors)
         else:
             load_tensors(self.unet, tensors, path)
         layout = torch.channels_last if self.device.type == "cpu" else torch.preserve_format
