@@ -29,7 +29,7 @@ import cli
 from metrics import Metrics
 from model.stable_diffusion import StableDiffusion, check_layout, home_of
 from model.weights import CheckpointError, read_json, read_metadata
-from pictures import drawn_with, save_pictures
+from pictures import drawn_with, picture_names, save_grid, save_pictures
 from reward import lambda_harmonic
 from subject import DREAMBENCH_NOUNS, Subject, SubjectError, load_subject, open_photo
 
@@ -155,8 +155,10 @@ class Evaluator:
         scores = {name: [round(value, 6) for value in values.tolist()] for name, values in scores.items()}
 
         text = drawn_with(**options, size=images[0].size, ckpt=job.ckpt, base=job.base[0], header=job.header)
-        columns = {"prompt": prompts, "seed": seeds, "file": save_pictures(job.out, images, prompts, seeds, n, text)}
-        columns |= scores
+        names = picture_names(prompts, seeds)
+        save_pictures(job.out, names, images, prompts, seeds, text)
+        save_grid(job.out, images, prompts, seeds, n, text)
+        columns = {"prompt": prompts, "seed": seeds, "file": names} | scores
         result = {"subject": str(job.subject.folder), "pictures": str(job.out), "settings": settings}
         result["scored_text"] = f"the prompt without the token {job.subject.token}"
         kinds = self.metrics.kinds().items()

@@ -32,24 +32,39 @@ def drawn_with(
     return f"Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance:g}, Size: {size[0]}x{size[1]}, Model: {model}"
 
 
+def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """A file name for each picture of a page, after its prompt and seed."""
+    stems = file_names(list(dict.fromkeys(prompts)))
+    return [f"{stems[prompt]}-{seed}.png" for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
 def save_pictures(
+    folder: Path,
+    names: Sequence[str],
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: str,
+) -> None:
+    """A PNG a picture. names: from `picture_names`. prompts, seeds: each picture's own. settings: from `drawn_with`.
+
+    Raises ValueError if a file cannot be written.
+    """
+    for name, picture, prompt, seed in zip(names, pictures, prompts, seeds, strict=True):
+        save_png(picture, folder / name, f"{prompt}\n{settings}, Seed: {seed}")
+
+
+def save_grid(
     folder: Path,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
     seeds: Sequence[int],
     columns: int,
     settings: str,
-) -> list[str]:
-    """A PNG a picture, named after its prompt and seed, and grid.png, a page of all. Returns the pictures' file names.
-
-    prompts, seeds: each picture's own. settings: from `drawn_with`. Raises ValueError if a file cannot be written.
-    """
-    stems = file_names(list(dict.fromkeys(prompts)))
-    names = [f"{stems[prompt]}-{seed}.png" for prompt, seed in zip(prompts, seeds, strict=True)]
-    for picture, prompt, seed, name in zip(pictures, prompts, seeds, names, strict=True):
-        save_png(picture, folder / name, f"{prompt}\n{settings}, Seed: {seed}")
-    save_png(grid(pictures, columns), folder / "grid.png", "\n".join([*stems, f"{settings}, Seed: {seeds[0]}"]))
-    return names
+) -> None:
+    """grid.png, all pictures on a page. Raises ValueError if it cannot be written."""
+    text = "\n".join([*dict.fromkeys(prompts), f"{settings}, Seed: {seeds[0]}"])
+    save_png(grid(pictures, columns), folder / "grid.png", text)
 
 
 def save_png(picture: Image.Image, path: Path, parameters: str) -> None:

@@ -19,7 +19,7 @@ import cli
 from model.scheduler import SAMPLERS
 from model.stable_diffusion import StableDiffusion, check_layout, home_of
 from model.weights import read_metadata
-from pictures import drawn_with, save_pictures
+from pictures import drawn_with, picture_names, save_grid, save_pictures
 
 DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
 
@@ -47,11 +47,21 @@ def run(args) -> int:
 
     texts = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in prompts for i in range(args.n)]
-    with tqdm(total=len(texts), desc="drawing", unit="image", delay=0.1) as bar:
-        options = {"steps": steps, "guidance": guidance, "sampler": args.scheduler}
-        pictures = sd.generate(texts, seeds, **options, size=args.size, batch_size=args.batch, on_batch=bar.update)
-    settings = drawn_with(**options, size=pictures[0].size, ckpt=args.ckpt, base=base, header=header)
-    save_pictures(args.out, pictures, texts, seeds, args.n, settings)
+    names, pictures = picture_names(texts, seeds), []
+    options = {"steps": steps, "guidance": guidance, "sampler": args.scheduler}
+    try:
+        with tqdm(total=len(texts), desc="drawing", unit="image", delay=0.1) as bar:
+            for start in range(0, len(texts), args.batch):
+                part = slice(start, start + args.batch)
+                drawn = sd.generate(texts[part], seeds[part], **options, size=args.size, batch_size=args.batch)
+                settings = drawn_with(**options, size=drawn[0].size, ckpt=args.ckpt, base=base, header=header)
+                save_pictures(args.out, names[part], drawn, texts[part], seeds[part], settings)
+                pictures += drawn
+                bar.update(len(drawn))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {len(pictures)} of {len(texts)} pictures are in {args.out}", file=sys.stderr)
+        return 130
+    save_grid(args.out, pictures, texts, seeds, args.n, settings)
     print(f"{len(pictures)} pictures in {args.out}, all on one page in {args.out / 'grid.png'}")
     return 0
 

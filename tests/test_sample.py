@@ -324,6 +324,27 @@ def test_interrupted(run, base, tmp_path, monkeypatch):
     assert files_in(tmp_path) == []
 
 
+def test_interrupted_keeps_the_batches_that_are_done(run, base, tmp_path, monkeypatch, capsys):
+    generate, calls = StableDiffusion.generate, []
+
+    def third_time(self, prompts, *args, **options):
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *args, **options)
+
+    wanted = ("--base", base, "--prompt", "a dog", "--prompt", "a Dog", "--n", 3)
+    assert run(*wanted, "--out", "whole") == 0
+    monkeypatch.setattr(StableDiffusion, "generate", third_time)
+    assert run(*wanted, "--batch", 2) == 130
+    names = [*(f"a-dog-{i}.png" for i in range(3)), "a-Dog-2-0.png"]
+    assert files_in(tmp_path / "outputs") == sorted(names)
+    assert "interrupted: 4 of 6 pictures are in outputs" in capsys.readouterr().err
+    for name in names:
+        kept, whole = (np.asarray(Image.open(tmp_path / out / name)).astype(int) for out in ("outputs", "whole"))
+        assert abs(kept - whole).max() <= 1  # a batch of another size: the same to rounding
+
+
 def test_as_a_command_of_its_own(base, ckpt, tmp_path):
     """The exit status and the streams, as a shell sees them."""
 
