@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.weights import CheckpointError, read_metadata, read_tensors, save_tensors
+from model.weights import WHOLE, CheckpointError, read_metadata, read_tensors, save_tensors, what_is
 
 Parts = dict[str, tuple[dict, dict[str, Tensor]] | dict]
 
@@ -52,18 +52,6 @@ PASSED_OVER = re.compile(
     r"|cond_stage_model\.(.*\.)?(position_ids|attn_mask|logit_scale|text_projection|text_projection\.weight)$"
     rf"|{re.escape(OPENCLIP)}transformer\.resblocks\.{OPENCLIP_LAYERS}\."
 )
-
-# What else is shared as one file, told by a key of it.
-OTHERS = {
-    r"lora_|.*\.lora_|.*\.hada_w|.*\.lokr_w": "a LoRA, which alters a model and is none",
-    r"conditioner\.embedders\.": "a Stable Diffusion XL, which is not supported",
-    r"(model\.diffusion_model\.)?(joint|double|double_stream)_blocks\.": "a Stable Diffusion 3, a Flux or the like",
-    r"model\.diffusion_model\.label_emb\.": "an unCLIP, an upscaler or another that reads more than a prompt",
-    r"ztsnr$": "a model with zero terminal SNR, which is not supported",
-    r"(down_blocks|mid_block|up_blocks|input_blocks)\.": "a U-Net alone, which --ckpt takes if train.py wrote it",
-    r"(encoder|decoder)\.(conv_in|down|up|mid)": "a VAE alone",
-    r"text_model\.": "a text encoder alone",
-}
 
 
 def refuse_pickle(path: Path) -> None:
@@ -323,9 +311,10 @@ def _saved_config(header: Mapping[str, str], source: Path) -> dict[str, dict]:
 
 def _refuse_others(keys: Mapping[str, Tensor], path: Path) -> None:
     """Raise CheckpointError, saying what it is, if the file is not a whole Stable Diffusion in the CompVis layout."""
-    for pattern, what in OTHERS.items():
-        if any(re.match(pattern, key) for key in keys):
-            raise CheckpointError(f"{path} is {what}: --base takes a whole Stable Diffusion 1.x or 2.x")
+    if (kind := what_is(keys)) not in (None, WHOLE):
+        kind += "" if "," in kind else " alone"  # a kind with a comma explains itself
+        wanted = "--base takes a whole Stable Diffusion 1.x or 2.x, --ckpt what train.py wrote"
+        raise CheckpointError(f"{path} is {kind}: {wanted}")
     parts = {part: f"{part} ({prefix}*)" for part, prefix in PREFIXES.items()}
     lacking = [name for part, name in parts.items() if not any(key.startswith(PREFIXES[part]) for key in keys)]
     if lacking:

@@ -40,20 +40,23 @@ WEIGHT_FILES += ["pytorch_model.bin", "diffusion_pytorch_model.bin"]
 # X.safetensors.fp16.index.json. The shards, X.fp16-00001-of-00002.safetensors, do not match, for their hyphens.
 WEIGHT_NAME = re.compile(r"(\w+)(?:\.(\w+))?\.(safetensors|bin)((?:\.(\w+))?\.index(?:\.(\w+))?\.json)?")
 
-# A piece of a tensor's name that only one kind of file has. The first that is found decides.
+WHOLE = "a whole base model in one file, to be given as --base FILE"
+# Patterns in tensors' names that only one kind of file has. The first that is found decides.
 TELL_TALES = {
-    "lora_": "a LoRA, not a whole U-Net",
-    "_lora.": "a LoRA, not a whole U-Net",
-    "model.diffusion_model.label_emb.": "a whole SDXL model in one file, which is not supported",
-    "model.diffusion_model.": "a whole base model in one file, to be given as --base FILE",
-    "add_embedding.": "an SDXL U-Net, which is not supported",
-    "controlnet_": "a ControlNet",
-    "time_embedding.linear_1.": "a U-Net",
-    "decoder.conv_in.": "a VAE",
-    "vision_model.embeddings.convolution.": "ALIGN",
-    "vision_model.pre_layrnorm.": "CLIP, with both its towers",
-    "embeddings.token_embedding.": "a CLIP text encoder",
-    "embeddings.cls_token": "a vision transformer, such as DINO",
+    r"lora_|[_.]lora\.|hada_w|lokr_w": "a LoRA, not a whole U-Net",
+    r"^conditioner\.embedders\.": "a Stable Diffusion XL, which is not supported",
+    r"^(model\.diffusion_model\.)?(joint|double|double_stream)_blocks\.": "a Stable Diffusion 3, a Flux or the like",
+    r"^model\.diffusion_model\.label_emb\.": "an SDXL, an upscaler or another that reads more than a prompt",
+    r"^ztsnr$": "a model with zero terminal SNR, which is not supported",
+    r"^model\.diffusion_model\.": WHOLE,
+    r"add_embedding\.": "an SDXL U-Net, which is not supported",
+    r"controlnet_": "a ControlNet",
+    r"time_embedding\.linear_1\.|^(down_blocks|mid_block|up_blocks|input_blocks)\.": "a U-Net",
+    r"^(encoder|decoder)\.(conv_in|down|up|mid)": "a VAE",
+    r"vision_model\.embeddings\.convolution\.": "ALIGN",
+    r"vision_model\.pre_layrnorm\.": "CLIP, with both its towers",
+    r"^(text_model|embeddings\.token_embedding)\.": "a CLIP text encoder",
+    r"embeddings\.cls_token": "a vision transformer, such as DINO",
 }
 
 
@@ -230,7 +233,7 @@ def _require_file(path: Path) -> None:
 def what_is(keys: Iterable[str]) -> str | None:
     """What a file with these tensors is, such as "a VAE", if it is one of the public kinds."""
     keys = list(keys)
-    return next((kind for piece, kind in TELL_TALES.items() if any(piece in key for key in keys)), None)
+    return next((kind for pattern, kind in TELL_TALES.items() if any(re.search(pattern, key) for key in keys)), None)
 
 
 def load_tensors(
