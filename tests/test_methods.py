@@ -154,6 +154,39 @@ def test_beta_scales_the_margin_and_nothing_else_before_it_has_taught(run, tmp_p
         ]
 
 
+RPO, DREAMBOOTH, DPG = (("--method", name, "--class-images", 2) for name in ("rpo", "dreambooth", "dpg"))
+CRITIC = {"critic_target", "critic_loss"}
+
+
+@pytest.mark.parametrize(
+    ("method", "switch", "says", "follows"),
+    [
+        (RPO, ("--beta", 5), {"gradient_norm"}, set()),  # Δ is 0 in the first step, whatever β is
+        (RPO, ("--tau", 1e-6), {"p"}, {"label", "gradient_norm"}),
+        (RPO, ("--lambda-train", 1), {"p"}, {"label", "gradient_norm"}),
+        (RPO, ("--preference-weight", 0.5), {"total", "gradient_norm"}, set()),
+        (RPO, ("--mean", "arithmetic"), {"reward"}, set()),
+        (RPO, ("--lambda-val", 0.7), {"reward"}, set()),
+        (RPO, ("--keep-last",), set(), set()),
+        (DREAMBOOTH, ("--prior-weight", 0.5), {"total", "gradient_norm"}, set()),
+        (DPG, ("--prior-weight", 0.5), {"total", "gradient_norm"}, set()),
+        (DPG, ("--dpg-reward", "dino"), CRITIC | {"total", "gradient_norm"}, {"policy"}),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_switch_changes_what_it_says_and_nothing_else(run, method, switch, says, follows):
+    """Of all that is logged of the base's validation and of the first step, where θ is θ₀ yet: of a later step all
+    differs, for it starts from other weights."""
+    rows = []
+    for options in ((), switch):
+        steps, validations = run(*method, "--steps", 1, *options)
+        rows.append({f"validation {name}": value for name, value in validations[0].items()} | steps[0])
+    plain, switched = rows
+    assert plain.keys() == switched.keys()
+    differ = {name.removeprefix("validation ") for name in plain if plain[name] != switched[name]} - {"seconds"}
+    assert says <= differ <= says | follows
+
+
 def test_tau_sharpens_the_labels(run):
     soft, sharp = (run("--tau", tau)[0] for tau in (1, 1e-6))
     assert all(0.27 <= row["p"] <= 0.73 for row in soft)  # rewards in [0, 1]

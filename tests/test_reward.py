@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from reward import Reward, _to_unit, lambda_harmonic, strip_token
+from reward import Reward, _to_unit, lambda_arithmetic, lambda_harmonic, strip_token
 
 ABOVE_0 = st.floats(1e-3, 1)
 LAMBDA = st.floats(0, 1)
@@ -71,6 +71,17 @@ def test_zero_alignment_gives_zero_in_between():
 def test_lambda_outside_is_refused(lam):
     with pytest.raises(ValueError, match=r"^lam[^\n]*\[0, 1\]"):
         lambda_harmonic(0.5, 0.5, lam)
+
+
+def test_arithmetic_mean():
+    assert lambda_arithmetic(0.8, 0.5, 0.3) == pytest.approx(0.3 * 0.8 + 0.7 * 0.5, abs=1e-12)
+    assert (lambda_arithmetic(0.8, 0.5, 0), lambda_arithmetic(0.8, 0.5, 1)) == (0.5, 0.8)
+    image, text = torch.tensor([0.8, 0.2]), torch.tensor([0.5, 1.0])
+    assert lambda_arithmetic(image, text, 0.5).tolist() == pytest.approx([0.65, 0.6], abs=1e-6)
+    assert (lambda_arithmetic(image, text, 0.3) > lambda_harmonic(image, text, 0.3)).all()
+    for lam in (-0.01, 1.01, math.nan):
+        with pytest.raises(ValueError, match=r"^lam[^\n]*\[0, 1\]"):
+            lambda_arithmetic(0.5, 0.5, lam)
 
 
 @pytest.mark.parametrize(
