@@ -140,18 +140,19 @@ class ALIGNConfig:
         _require("projection_dim (with this vision_config)", self.projection_dim, width)
 
     @classmethod
-    def from_json(cls, values: dict, preprocessor: dict | None = None) -> ALIGNConfig:
+    def from_json(cls, values: dict, preprocessor: dict | None = None, folder: Path | None = None) -> ALIGNConfig:
         """From the objects in config.json and preprocessor_config.json; what they leave out keeps its default.
 
-        Raises CheckpointError for a value that is not supported.
+        Raises CheckpointError, naming their folder, for a value that is not supported.
         """
         towers = {"text_config": ALIGNTextConfig, "vision_config": ALIGNVisionConfig}
-        nested = {name: config_from(tower, values.get(name) or {}) for name, tower in towers.items()}
+        nested = {name: config_from(tower, values.get(name) or {}, folder) for name, tower in towers.items()}
         images = dict(preprocessor or {})
         for name in ("size", "crop_size"):
             if images.get(name) is not None:
                 images[name] = _height_width(name, images[name])
-        return config_from(cls, {**values, **nested, "images": config_from(ALIGNImageConfig, images)})
+        images = config_from(ALIGNImageConfig, images, folder)
+        return config_from(cls, {**values, **nested, "images": images}, folder)
 
 
 def _require(name: str, value: object, *supported: object) -> None:
@@ -353,7 +354,7 @@ class ALIGN(nn.Module):
         folder = Path(folder)
         preprocessor = folder / "preprocessor_config.json"
         images = read_json(preprocessor) if preprocessor.is_file() else {}
-        return load(cls, ALIGNConfig.from_json(read_json(folder / "config.json"), images), folder, dtype)
+        return load(cls, ALIGNConfig.from_json(read_json(folder / "config.json"), images, folder), folder, dtype)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, H, W) from `preprocess`, of any size -> (B, projection_dim), not normalised.

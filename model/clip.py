@@ -85,7 +85,7 @@ class CLIPPictures:
             value = getattr(self, name)
             numbers = {value} if isinstance(value, int) else set(value.values())
             if len(numbers) != 1 or not (isinstance(value, int) or value.keys() == keys):
-                raise weights.CheckpointError(f"preprocessor_config.json: {name} {value} is not CLIP's")
+                raise weights.CheckpointError(f"{name} {value} is not CLIP's")
             object.__setattr__(self, name, numbers.pop())
 
 
@@ -215,7 +215,8 @@ class CLIPTextEncoder(nn.Module):
     def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> CLIPTextEncoder:
         """Frozen, in eval mode, on the CPU; `variant`: as for `weights.find_weights`.
         Raises CheckpointError if the folder's files are missing or do not fit."""
-        config = weights.config_from(CLIPTextConfig, weights.read_json(Path(folder) / "config.json"))
+        path = Path(folder) / "config.json"
+        config = weights.config_from(CLIPTextConfig, weights.read_json(path), path)
         return weights.load(cls, config, folder, dtype, _with_prefix, variant)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -247,12 +248,14 @@ class CLIP(nn.Module):
         """Frozen, in eval mode, on the CPU; reads preprocessor_config.json too, if there is one.
         Raises CheckpointError if the folder's files are missing or do not fit."""
         folder = Path(folder)
-        values = weights.read_json(folder / "config.json")
+        path = folder / "config.json"
+        values = weights.read_json(path)
         for tower in ("text_config", "vision_config"):  # files of 2022 say it again, or only, under *_dict
             values[tower] = {**(values.get(tower) or {}), **(values.get(f"{tower}_dict") or {})}
-        config, pictures = weights.config_from(CLIPConfig, values), None
-        if (folder / "preprocessor_config.json").is_file():
-            pictures = weights.config_from(CLIPPictures, weights.read_json(folder / "preprocessor_config.json"))
+        config, pictures = weights.config_from(CLIPConfig, values, path), None
+        path = folder / "preprocessor_config.json"
+        if path.is_file():
+            pictures = weights.config_from(CLIPPictures, weights.read_json(path), path)
         return weights.load(lambda config: cls(config, pictures), config, folder, dtype)
 
     def image_features(self, pixels: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class DINOPictures:
     def __post_init__(self):
         numbers = {self.size} if isinstance(self.size, int) else set(self.size.values())
         if len(numbers) != 1 or not (isinstance(self.size, int) or self.size.keys() == {"height", "width"}):
-            raise weights.CheckpointError(f"preprocessor_config.json: size {self.size} is not DINO's")
+            raise weights.CheckpointError(f"size {self.size} is not DINO's")
         object.__setattr__(self, "size", numbers.pop())
 
 
@@ -137,9 +137,11 @@ class DINO(nn.Module):
         which ViT copies may carry and DINO never had, is passed over.
         Raises CheckpointError if the folder's files are missing or do not fit."""
         folder = Path(folder)
-        config, pictures = weights.config_from(DINOConfig, weights.read_json(folder / "config.json")), None
-        if (folder / "preprocessor_config.json").is_file():
-            pictures = weights.config_from(DINOPictures, weights.read_json(folder / "preprocessor_config.json"))
+        path = folder / "config.json"
+        config, pictures = weights.config_from(DINOConfig, weights.read_json(path), path), None
+        path = folder / "preprocessor_config.json"
+        if path.is_file():
+            pictures = weights.config_from(DINOPictures, weights.read_json(path), path)
         return weights.load(lambda config: cls(config, pictures), config, folder, dtype, _without_pooler)
 
     def forward(self, pixels: Tensor) -> Tensor:

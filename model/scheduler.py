@@ -76,7 +76,8 @@ class Scheduler:
     @classmethod
     def from_pretrained(cls, folder: Path) -> Scheduler:
         """Read folder/scheduler_config.json. Raises CheckpointError if it is missing or asks for what we lack."""
-        return cls(config_from(SchedulerConfig, read_json(Path(folder) / "scheduler_config.json")))
+        path = Path(folder) / "scheduler_config.json"
+        return cls(config_from(SchedulerConfig, read_json(path), path))
 
     def _signal_and_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1-ᾱ_t) on `like`'s device, shaped (B or 1, 1, ...) to multiply it."""

@@ -65,7 +65,8 @@ class VAE(nn.Module):
         path = Path(folder) / "config.json"
         values = weights.read_json(path)
         weights.refuse(values, FIXED, path)
-        return weights.load(cls, weights.config_from(VAEConfig, values), folder, dtype, rename_old_attention, variant)
+        config = weights.config_from(VAEConfig, values, path)
+        return weights.load(cls, config, folder, dtype, rename_old_attention, variant)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> mean and log variance of z, each (B, 4, H/8, W/8), unscaled."""

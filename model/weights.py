@@ -91,11 +91,16 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def config_from(cls: type[Config], values: dict) -> Config:
+def config_from(cls: type[Config], values: dict, source: Path | None = None) -> Config:
     """A configuration dataclass from a config.json's object: unknown keys are passed over, null means the default.
 
-    Raises CheckpointError for a value of another type than its field's.
+    Raises CheckpointError, naming the file `source`, for a value of another type than its field's.
     """
+    if source:
+        try:
+            return config_from(cls, values)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from error
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     known = {name: value for name, value in values.items() if name in fields and value is not None}

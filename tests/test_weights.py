@@ -17,6 +17,7 @@ from model import weights
 from model.align import ALIGN, ALIGNConfig, ALIGNTextConfig, ALIGNVisionConfig
 from model.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPTextEncoder
 from model.dino import DINO, DINOConfig
+from model.scheduler import Scheduler
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
 from model.weights import CheckpointError
@@ -505,6 +506,15 @@ def test_config_of_another_type(name, value):
 
 def test_config_that_cannot_be():
     refused(lambda: weights.config_from(Config, {"heads": 0}), "Config")
+
+
+@pytest.mark.parametrize("network", [VAE, CLIPTextEncoder, CLIP, DINO, ALIGN, Scheduler])
+def test_a_wrong_config_is_named(network, tmp_path):
+    """Some have several, and a base has one for each of its parts."""
+    values = {"hidden_size": "x", "block_out_channels": ["x"], "projection_dim": "x", "beta_start": "x"}
+    for name in ("config.json", "scheduler_config.json"):
+        (tmp_path / name).write_text(json.dumps(values), encoding="utf-8")
+    refused(lambda: network.from_pretrained(tmp_path), tmp_path, "should be")
 
 
 def test_refuse(tmp_path):
