@@ -113,7 +113,10 @@ def _attach(unet: nn.Module, tensors: dict, alphas: dict, strength: float, sourc
     for name, (_, layer) in projections.items():
         if (down := tensors.get(name + DOWN)) is not None:
             lora[name] = Adapter(layer, max((1, *down.shape[:1])), alphas[name], strength)
-    load_tensors(lora, tensors, source)
+    try:
+        load_tensors(lora, tensors, source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (is it a LoRA of another base model?)") from error
     for name, adapter in lora.items():
         place, layer = projections[name]
         unet.set_submodule(place, AdaptedLinear(layer, adapter.to(layer.weight.device)))
