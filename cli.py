@@ -33,6 +33,11 @@ def fail(message: object) -> int:
     return 2
 
 
+def memory_is_full(error: BaseException) -> bool:
+    """Is it that? On a GPU torch has a kind of error for it, on the CPU only words."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def count(text: str) -> int:
     """A whole number of at least 1."""
     return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
@@ -56,6 +61,13 @@ def at_least_0(text: str) -> float:
 def fraction(text: str) -> float:
     """A number in [0, 1]."""
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def path(text: str) -> Path:
+    """A file or folder; "" would be the current folder, and comes of an empty variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give the name of a file or folder, or leave it out")
+    return Path(text)
 
 
 def _number(text: str, kind: type, good: Callable[[float], bool], expected: str):
@@ -82,7 +94,7 @@ def device(name: str | None) -> torch.device:
 def add_base_flags(parser: argparse.ArgumentParser, default: Path | None, what: str) -> None:
     """--base and how it is read."""
     add = parser.add_argument
-    add("--base", type=Path, default=default, help=f"a folder with public weights, or a single file (default: {what})")
+    add("--base", type=path, default=default, help=f"a folder with public weights, or a single file (default: {what})")
     add("--variant", help="take *.VARIANT.safetensors, such as fp16 (default: the plain files, or the only ones)")
     add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the U-Net predicts (default: as it says)")
 

@@ -35,7 +35,7 @@ from subject import DREAMBENCH_NOUNS, Subject, SubjectError, load_subject, open_
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
 TITLES |= {"lambda_harmonic": "λ-Harmonic"}
-FULL = "the GPU's memory is full: use a smaller --batch"
+FULL = "the memory is full: use a smaller --batch"
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
     def told(name: str) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError, RuntimeError) as error:
-            failed[name] = FULL if isinstance(error, torch.OutOfMemoryError) else " ".join(str(error).split())
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            failed[name] = FULL if cli.memory_is_full(error) else " ".join(str(error).split())
             print(f"{name}: error: {failed[name]}", file=sys.stderr)
 
     for name in names:  # what is wrong with the last should be known before the first is drawn
@@ -246,22 +246,22 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
 def main() -> int:
     parser = cli.Parser(description=__doc__)
     add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--subject", type=Path, help="a folder with the subject's photos")
-    what.add_argument("--dreambench", type=Path, metavar="FOLDER", help="the public data set, a folder a subject")
+    what.add_argument("--subject", type=cli.path, help="a folder with the subject's photos")
+    what.add_argument("--dreambench", type=cli.path, metavar="FOLDER", help="the public data set, a folder a subject")
     add("--ckpt", help="a checkpoint of train.py; {subject} stands for a subject's folder (default: the base alone)")
     add("--noun", help="what the subject is, such as dog (default: the checkpoint's, or from the folder's name)")
     add("--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: as the noun's)")
     add("--token", help="the unique token (default: the checkpoint's, or [V])")
     cli.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     for name in ("clip", "dino", "align"):
-        add(f"--{name}", type=Path, metavar="FOLDER", help="another one, such as a public one (default: the base's)")
+        add(f"--{name}", type=cli.path, metavar="FOLDER", help="another, such as a public one (default: the base's)")
     add("--lambda-val", type=cli.fraction, help="λ of the λ-Harmonic reward (default: the checkpoint's, or 0.3)")
     add("--n", type=cli.count, default=4, help="images a prompt (default: %(default)s, as published)")
     add("--seed", type=cli.seed, default=0, help="fixes every image (default: %(default)s)")
     add("--steps", type=cli.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
     add("--guidance", type=cli.positive, help="classifier-free guidance (default: as in training, or the base's)")
     add("--batch", type=cli.count, default=8, help="images at a time; changes no image (default: %(default)s)")
-    add("--out", type=Path, help="the folder for the pictures (default: the checkpoint's name, or base, and .eval)")
+    add("--out", type=cli.path, help="the folder for the pictures (default: the checkpoint's name, or base, and .eval)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
     if args.dreambench and args.ckpt and "{subject}" not in args.ckpt:
@@ -272,10 +272,12 @@ def main() -> int:
         parser.error("--noun and --live are for --subject: --dreambench knows its subjects")
     try:
         return (run_one if args.subject else run_many)(args, cli.device(args.device))
-    except torch.OutOfMemoryError:
-        return cli.fail(FULL)
     except (ValueError, OSError) as error:
         return cli.fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not cli.memory_is_full(error):
+            raise
+        return cli.fail(FULL)
     except KeyboardInterrupt:
         kept = "; the same command goes on with the subjects that are not done" if args.dreambench else ""
         print(f"\ninterrupted{kept}", file=sys.stderr)

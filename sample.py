@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import cli
@@ -69,7 +68,7 @@ def run(args) -> int:
 def main() -> int:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
-    add("--ckpt", type=Path, help="a checkpoint of train.py (default: none, the base itself)")
+    add("--ckpt", type=cli.path, help="a checkpoint of train.py (default: none, the base itself)")
     add("--prompt", action="append", help="what to draw; may be given several times (default: four prompts)")
     add("--n", type=cli.count, default=4, help="pictures a prompt, with seeds --seed, --seed + 1, ... (default: 4)")
     add("--seed", type=cli.seed, default=0, help="the first picture's seed (default: 0)")
@@ -81,19 +80,23 @@ def main() -> int:
     cli.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     add(
         "--export-single",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         help="draw nothing; write all networks into one file for other tools",
     )
-    add("--out", type=Path, default=Path("outputs"), help="the folder for the pictures (default: outputs)")
+    add("--out", type=cli.path, default=Path("outputs"), help="the folder for the pictures (default: outputs)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
+    if args.export_single and args.export_single.suffix != ".safetensors":
+        parser.error(f"--export-single {args.export_single} should end in .safetensors")
     try:
         return run(args)
-    except torch.OutOfMemoryError:
-        return cli.fail("the GPU's memory is full: use a smaller --batch or --size")
     except (ValueError, OSError) as error:
         return cli.fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not cli.memory_is_full(error):
+            raise
+        return cli.fail("the memory is full: use a smaller --batch or --size")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -34,6 +34,12 @@ def test_numbers(kind, good, bad):
             kind(text)
 
 
+def test_an_empty_path_is_no_path():
+    assert cli.path("a/b") == Path("a/b") and cli.path(".") == Path(".")
+    with pytest.raises(argparse.ArgumentTypeError, match="empty"):
+        cli.path("")
+
+
 def test_parser_has_one_line_for_an_error_and_no_abbreviations(capsys):
     parser = cli.Parser(description="a\nb")
     parser.add_argument("--steps", type=cli.count)

@@ -524,6 +524,7 @@ def test_dreambench_of_the_base_alone(run, bench, base, asked, tmp_path):
         ],
         *[("--clip", "nowhere"), ("--dino", "nowhere"), ("--align", "nowhere"), ("--base", "nowhere")],
         *[("--subject", "nowhere"), ("--noun", ""), ("--token", " "), ("--dreambench", "."), ("--token", "dog")],
+        *[("--clip", ""), ("--out", ""), ("--base", "")],
     ],
     ids=lambda option: " ".join(map(str, option)),
 )

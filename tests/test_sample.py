@@ -200,6 +200,7 @@ def test_a_prompt_given_twice_is_drawn_once(run, base, asked, tmp_path):
         *[("--n", 0), ("--seed", -1), ("--seed", "x"), ("--guidance", 0), ("--guidance", "nan"), ("--batch", 0)],
         *[("--size", value) for value in (0, 17, "big")],
         *[("--scheduler", "best"), ("--device", "abacus"), ("--device", "meta"), ("--nonsense",), ("--prompt",)],
+        *[("--export-single", "x.ckpt"), ("--export-single", ""), ("--ckpt", ""), ("--out", "")],
     ],
     ids=lambda option: " ".join(map(str, option)),
 )
@@ -313,6 +314,20 @@ def test_failed_write_leaves_the_old_picture(run, base, tmp_path, capsys, monkey
     assert run("--base", base, "--prompt", "a dog", "--guidance", 2) == 2
     assert "No space left" in capsys.readouterr().err.splitlines()[-1]
     assert {path: path.read_bytes() for path in (tmp_path / "outputs").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_full_memory_is_one_line(run, base, tmp_path, monkeypatch, capsys, error):
+    def full(*args, **options):
+        raise error
+
+    monkeypatch.setattr(StableDiffusion, "generate", full)
+    assert run("--base", base) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in line and "--batch" in line and "--size" in line
+    assert files_in(tmp_path) == []
 
 
 def test_interrupted(run, base, tmp_path, monkeypatch):
