@@ -140,6 +140,12 @@ def test_without_the_preference_rpo_is_the_similarity_alone(run):
     assert all(row["total"] == row["similarity"] and row["preference"] > 0 for row in steps)
 
 
+def test_the_preference_has_the_weight_that_is_said(run):
+    steps, _ = run("--preference-weight", 0.5)
+    for row in steps:
+        assert row["total"] == pytest.approx(row["similarity"] + 0.5 * row["preference"], rel=1e-5)
+
+
 def test_beta_scales_the_margin_and_nothing_else_before_it_has_taught(run, tmp_path):
     """Without the preference in the loss the runs are one run, whatever β is; only what is logged of Δ differs."""
     runs, ends = [], []
