@@ -112,6 +112,9 @@ def test_prompts_seeds_and_grid(run, ckpt, asked, tmp_path):
     assert files_in(tmp_path / "a" / "b") == sorted([*names, "grid.png"])
     drawn = pixels(tmp_path / "a" / "b")
     assert len({drawn[name] for name in names}) == 6
+    for name, prompt, seed in zip(names, asked["prompts"], asked["seeds"], strict=True):
+        text = Image.open(tmp_path / "a" / "b" / name).text["parameters"]
+        assert text.startswith(f"{prompt}\n") and text.endswith(f", Seed: {seed}")
     page = Image.open(tmp_path / "a" / "b" / "grid.png")
     assert page.size == (3 * 20 + 4, 2 * 20 + 4)  # 16 px and a gap of 4
     for i, name in enumerate(names):
