@@ -107,7 +107,7 @@ def zero_shot(name: str, asked: list[tuple[str, str]], seen: list[tuple[str, str
 
 
 def check_clip(clip: CLIP, seed: int) -> Iterator[Row]:
-    asked = random_prompts(300, rng := random.Random(f"check clip {seed}"))
+    asked = random_prompts(1500, rng := random.Random(f"check clip {seed}"))
     images = [world.draw(world.random_subject(kind, rng), prompts_of(kind)[prompt], rng) for kind, prompt in asked]
     yield from zero_shot("CLIP", asked, seen_by_clip(clip, images, [kind for kind, _ in asked]), (95, 95))
 
