@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+import parallel
+
 EMBEDDED_BASE = Path(__file__).parent / "weights" / "toy"
 
 
@@ -24,12 +26,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        told = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
+        self.exit(2, told if parallel.speaks_first() else None)
 
 
 def fail(message: object) -> int:
-    """Print one line on stderr; the exit status for bad input."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """Print one line on stderr, of all ranks the first alone; the exit status for bad input."""
+    if parallel.speaks_first():
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
 
@@ -81,9 +85,14 @@ def _number(text: str, kind: type, good: Callable[[float], bool], expected: str)
 
 
 def device(name: str | None) -> torch.device:
-    """The device called `name`, or the best there is. Raises ValueError for one that is not there."""
+    """The device called `name`, or the best there is. Raises ValueError for one that is not there.
+
+    Of many processes on a machine each has its own GPU.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if parallel.world() > 1:
+        name = parallel.device(name)
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -161,7 +170,7 @@ def check_writable(path: Path, size: int = 0) -> None:
             raise ValueError(f"{path} is a folder: give a file name")
         probe = folder / f".{path.name}.{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # two machines may share a folder and a process id
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}): choose another place") from None

@@ -4,6 +4,7 @@
     python train.py --subject my_dog --noun dog --base stable-diffusion   # a folder with public weights
     python train.py --subject data/dog --resume                           # go on, with the same flags as before
     python train.py --subject data/dog --method dreambooth                # what RPO is compared with, in the same loop
+    torchrun --standalone --nproc_per_node=4 train.py --subject my_dog    # on 4 GPUs; --batch counts the pairs of all
 
 Writes best.safetensors (the U-Net of the best validation, in the public layout), best.jsonl (the history, a line a step
 or validation) and best.png (the film strip); --ckpt moves all of them.
@@ -25,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+import parallel
 from baselines.dpg import DPG, REWARDS
 from baselines.dreambooth import DreamBooth
 from model.align import ALIGN
@@ -58,7 +60,10 @@ def method_of(args: argparse.Namespace, sd: StableDiffusion) -> RPO | DreamBooth
     if args.method == "dreambooth":
         return DreamBooth(args.prior_weight)
     channels = sd.unet.config.in_channels
-    return DPG(channels, args.dpg_reward, prior_weight=args.prior_weight, seed=args.seed, device=sd.device)
+    dpg = DPG(channels, args.dpg_reward, prior_weight=args.prior_weight, seed=args.seed, device=sd.device)
+    _, weight = parallel.weighted_part(args.batch)  # the critic learns within the loss, from all pairs as θ does
+    dpg.optimizer.register_step_pre_hook(lambda *_: parallel.average(dpg.critic.parameters(), weight))
+    return dpg
 
 
 class Trainer:
@@ -94,11 +99,13 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ before the loop
 
     def draw(self, prompts: list[str], seed: int, text: str) -> list[Image.Image]:
-        """A picture of each prompt, from noise that `seed` fixes."""
-        seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
-        steps, guidance = self.args.solver_steps, self.args.guidance
-        with tqdm(total=len(prompts), desc=text, unit="image", leave=False, delay=0.1) as bar:
-            return self.sd.generate(prompts, seeds, steps, guidance, on_batch=bar.update)
+        """A picture of each prompt, from noise that `seed` fixes. Every rank draws its part, and gets all."""
+        mine = parallel.part(len(prompts))
+        seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()[mine]
+        steps, guidance, quiet = self.args.solver_steps, self.args.guidance, parallel.rank() > 0
+        with tqdm(total=len(seeds), desc=text, unit="image", leave=False, delay=0.1, disable=quiet) as bar:
+            drawn = self.sd.generate(prompts[mine], seeds, steps, guidance, on_batch=bar.update) if seeds else []
+        return parallel.gather(drawn)
 
     def prepare(self) -> None:
         """Everything that stays as it is while θ learns: drawn pictures, rewards, posteriors, contexts."""
@@ -126,8 +133,8 @@ class Trainer:
         args, record = self.args, self.record
         if not record.history:
             self.validate(0)
-        steps = range(self.first_step, args.steps + 1)
-        for step in (bar := tqdm(steps, "training", initial=self.first_step - 1, total=args.steps)):
+        first, last, quiet = self.first_step, args.steps, parallel.rank() > 0
+        for step in (bar := tqdm(range(first, last + 1), "training", initial=first - 1, total=last, disable=quiet)):
             record.history.append(self.step(step))
             bar.set_postfix(similarity=f"{record.history[-1]['similarity']:.3f}", best=f"{record.best_reward:.4f}")
             if step % args.validate_every == 0 or step == args.steps:
@@ -137,18 +144,20 @@ class Trainer:
                     break
 
     def step(self, step: int) -> dict:
-        """One gradient step on `batch` pairs of a photo and a drawn picture."""
+        """One gradient step on `batch` pairs of a photo and a drawn picture: all draw all, each rank takes `mine`."""
         args, sd, draws, start = self.args, self.sd, generator(self.args.seed, step, 1), time.time()
-        n, device = args.batch, self.sd.device
+        n, device, (mine, weight) = args.batch, self.sd.device, parallel.weighted_part(args.batch)
         i = torch.randint(len(self.photos), (n,), generator=draws)
         j = torch.randint(len(self.drawn_context), (n,), generator=draws)
         given = {}  # what the method asks for beside the two losses; nothing else is computed
         if "label" in self.method.needs:
-            given["label"] = preference_label(self.p_ref_wins[i, j], draws).to(device)
+            given["label"] = preference_label(self.p_ref_wins[i, j], draws)[mine].to(device)
 
-        x_0 = torch.cat([latents(self.ref_posterior, i, draws), latents(self.drawn_posterior, j, draws)])
-        t = torch.randint(len(sd.scheduler.alphas_cumprod), (n,), generator=draws).repeat(2).to(device)
-        eps = torch.randn(n, *x_0.shape[1:], generator=draws).repeat(2, 1, 1, 1).to(device)  # a pair shares t and ε
+        x_0 = torch.cat([latents(self.ref_posterior, i, draws)[mine], latents(self.drawn_posterior, j, draws)[mine]])
+        t = torch.randint(len(sd.scheduler.alphas_cumprod), (n,), generator=draws)[mine].repeat(2).to(device)
+        eps = torch.randn(n, *x_0.shape[1:], generator=draws)[mine]
+        eps = eps.repeat(2, 1, 1, 1).to(device)  # a pair shares t and ε
+        i, j, n = i[mine], j[mine], len(t) // 2
         x_t, target = sd.scheduler.add_noise(x_0, eps, t), sd.scheduler.target(x_0, eps, t)
         context = torch.cat([repeat(self.ref_context, "1 l d -> n l d", n=n), self.drawn_context[j]])
 
@@ -171,12 +180,13 @@ class Trainer:
             raise FloatingPointError(f"the loss is {loss.total.item()} at step {step}: try a smaller --lr")
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
+        parallel.average(self.learned.parameters(), weight)
         norm = torch.nn.utils.clip_grad_norm_(self.learned.parameters(), 1.0)
         self.optimizer.step()
         row = loss._asdict() | {"gradient_norm": norm}
         if "label" in given:
             row |= {"label": given["label"], "p": self.p_ref_wins[i, j]}
-        row = {name: value.float().mean().item() for name, value in row.items()}
+        row = parallel.mean({name: value.float().mean().item() for name, value in row.items()}, weight)
         return {"step": step, **row, "seconds": round(time.time() - start, 3)}
 
     def validate(self, step: int) -> None:
@@ -186,17 +196,20 @@ class Trainer:
         images = self.draw(prompts, args.seed + 1, f"validating step {step}")
         align_i, align_t = self.alignments = self.reward.alignments(images, prompts)
         reward = self.reward.mean(align_i, align_t, args.lambda_val).mean().item()
-        row = {"step": step, "align_i": align_i.mean().item(), "align_t": align_t.mean().item(), "reward": reward}
+        row = {"align_i": align_i.mean().item(), "align_t": align_t.mean().item(), "reward": reward}
+        row = {"step": step, **parallel.mean(row, 1 / parallel.world())}  # all ranks must agree on the best
         row["seconds"] = round(time.time() - start, 3)
         better = self.record.validation(row, images[:: args.images_per_prompt], args.keep_last)
         tqdm.write(
             f"step {step:4d}  ALIGN-I {row['align_i']:.4f}  ALIGN-T {row['align_t']:.4f}  "
-            f"λ-Harmonic {reward:.4f}{'  best so far' if better else '  (the base)' if step == 0 else ''}"
+            f"λ-Harmonic {row['reward']:.4f}{'  best so far' if better else '  (the base)' if step == 0 else ''}"
         )
-        if better:
-            self.record.keep(lora_tensors(self.unet) if args.lora_rank else self.unet.state_dict())
-        self.record.write()
-        self.record.save_state(step, {name: part.state_dict() for name, part in self.learning().items()})
+        if parallel.rank() == 0:
+            if better:
+                self.record.keep(lora_tensors(self.unet) if args.lora_rank else self.unet.state_dict())
+            self.record.write()
+            self.record.save_state(step, {name: part.state_dict() for name, part in self.learning().items()})
+        parallel.wait()  # lest an error elsewhere ends rank 0 while it writes
 
     def learning(self) -> dict:
         """Whatever changes from step to step."""
@@ -384,4 +397,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(parallel.together(main))
