@@ -6,7 +6,8 @@
 
 Draws the 25 test prompts, 4 images each, and writes best.eval.json (settings, networks, means, every image's numbers)
 and the pictures in best.eval/; the base alone is called base, in the current folder. --dreambench does so for every
-subject of the public data set (google/dreambooth); the same command again goes on where it was interrupted.
+subject of the public data set (google/dreambooth); the same command again goes on where it was interrupted. With
+`torchrun --standalone --nproc_per_node=N evaluate.py --dreambench ...` N processes share the subjects out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import cli
+import parallel
 from metrics import Metrics
 from model.stable_diffusion import StableDiffusion, check_layout, home_of
 from model.weights import CheckpointError, read_json, read_metadata
@@ -148,7 +150,8 @@ class Evaluator:
         # 2: other noise than train.py's, which comes from (seed) and (seed + 1).
         seeds = np.random.SeedSequence([settings["seed"], 2]).generate_state(len(prompts)).tolist()
         options = {"steps": settings["steps"], "sampler": "dpm++", "guidance": settings["guidance"]}
-        with tqdm(total=len(prompts), desc=job.subject.folder.name, unit="image", leave=False, delay=0.1) as bar:
+        looks = {"unit": "image", "leave": False, "delay": 0.1, "disable": parallel.rank() > 0}
+        with tqdm(total=len(prompts), desc=job.subject.folder.name, **looks) as bar:
             images = self.sd.generate(prompts, seeds, **options, batch_size=self.batch, on_batch=bar.update)
         scores = self.metrics(images, prompts)
         scores["lambda_harmonic"] = lambda_harmonic(scores["align_i"], scores["align_t"], settings["lambda_val"])
@@ -223,7 +226,8 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
             failed[name] = FULL if cli.memory_is_full(error) else " ".join(str(error).split())
             print(f"{name}: error: {failed[name]}", file=sys.stderr)
 
-    for name in names:  # what is wrong with the last should be known before the first is drawn
+    mine = names[parallel.rank() :: parallel.world()]
+    for name in mine:  # what is wrong with the last should be known before the first is drawn
         with told(name):
             path, out = Path(template.replace("{subject}", name)), args.out and args.out / name
             jobs[name] = plan(args, args.dreambench / name, path if args.ckpt else None, path.with_suffix(""), out)
@@ -233,13 +237,16 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
             before = job.done()
             rows[name] = {k: v["mean"] for k, v in (before or evaluator(job))["means"].items()}
             print(f"{name}: {'done before' if before else 'done'}, {job.result}", flush=True)
-    if rows:
+    rows, failed = (dict(parallel.gather(list(part.items()))) for part in (rows, failed))
+    rows, failed = ({name: part[name] for name in names if name in part} for part in (rows, failed))
+    if rows and parallel.rank() == 0:
         mean = {name: round(statistics.fmean(row[name] for row in rows.values()), 6) for name in TITLES}
         print("\n| subject | DINO | CLIP-I | CLIP-T |\n|---|---|---|---|")
         for name, row in [*rows.items(), (f"mean of {len(rows)}", mean)]:
             print(f"| {name} | {row['dino']:.3f} | {row['clip_i']:.3f} | {row['clip_t']:.3f} |")
         cli.write_json(summary, {"mean": mean, "subjects": rows, "failed": failed})
         print(f"\nthe same and the other metrics are in {summary}")
+    parallel.wait()  # the first process that ends with 1 makes torchrun end the others
     return 1 if failed else 0
 
 
@@ -270,6 +277,8 @@ def main() -> int:
         parser.error("--ckpt is empty: leave it out for the base alone")
     if args.dreambench and (args.noun or args.live is not None):
         parser.error("--noun and --live are for --subject: --dreambench knows its subjects")
+    if args.subject and parallel.world() > 1:
+        parser.error("--subject is work for one process: leave torchrun out, or share many out with --dreambench")
     try:
         return (run_one if args.subject else run_many)(args, cli.device(args.device))
     except (ValueError, OSError) as error:
@@ -280,9 +289,10 @@ def main() -> int:
         return cli.fail(FULL)
     except KeyboardInterrupt:
         kept = "; the same command goes on with the subjects that are not done" if args.dreambench else ""
-        print(f"\ninterrupted{kept}", file=sys.stderr)
+        if parallel.speaks_first():
+            print(f"\ninterrupted{kept}", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(parallel.together(main))
