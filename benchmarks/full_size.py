@@ -20,17 +20,16 @@ faint for random weights of this size: the tests have quiet ones for it.)
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import resource
 import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+
+from benchmarks.common import alone, peak, resident
 
 MOST_PEAK = 1.3  # times the file, for a load in the file's precision
 MOST_DIFFERENCE = 1e-3  # of outputs of order 1, in fp32
@@ -148,23 +147,6 @@ def run(part: str, folder: Path, ours: bool, side: int) -> tuple[torch.Tensor, f
     if not ours:
         out = out.last_hidden_state if part == "text_encoder" else out.sample
     return out.contiguous(), seconds
-
-
-def resident() -> int:
-    """Bytes that this process has in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def peak() -> int:
-    """The most bytes that this process ever had in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def alone(function, *arguments):
-    """What the function returns, called in a fresh process that ends with it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def compare(model: str, part: str, folder: Path, side: int) -> bool:
