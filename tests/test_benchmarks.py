@@ -1,0 +1,231 @@
+"""benchmarks/: what is compared is the same, the ratio says who is faster, every part runs; on a tiny random base."""
+
+import time
+
+import pytest
+import torch
+from PIL import Image
+from test_evaluate import write_metrics
+from tiny import write_base, write_photos
+
+import train
+from benchmarks import common, dreambooth_peer, phases, release, run
+from model.align import ALIGN
+from model.stable_diffusion import StableDiffusion
+from model.tokenizer import BertTokenizer
+from model.weights import read_tensors
+from reward import Reward
+from subject import load_photos, load_subject
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = write_base(tmp_path_factory.mktemp("benchmarks") / "base")
+    write_metrics(folder / "metrics", folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dog(tmp_path_factory):
+    return load_subject(write_photos(tmp_path_factory.mktemp("photos") / "dog"))
+
+
+@pytest.fixture(scope="module")
+def pair(base):
+    return common.Pair(base, CPU)
+
+
+def spoil(pair):
+    """Another number in diffusers' U-Net; returns what puts it back."""
+    bias = pair.theirs.unet.conv_out.bias
+    bias.data += 0.1
+    return lambda: bias.data.sub_(0.1)
+
+
+JOBS = {
+    "unet": lambda pair, base: run.unet_rows(pair, 1, 8, 1),
+    "drawing": lambda pair, base: run.drawing_rows(pair, 1, 2, 16, 1),
+    "training": lambda pair, base: run.training_rows(pair, base, [], 1),
+    "lora": lambda pair, base: run.training_rows(pair, base, ["--lora-rank", "2"], 1),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_same_job_is_timed_in_each_layout_and_another_is_refused(job, pair, base):
+    rows = JOBS[job](pair, base)
+    assert len(rows) == (4 if job == "unet" else 2)
+    assert sum("both channels_last" in row for row in rows) == len(rows) / 2
+    assert not pair.ours.unet.conv_in.weight.requires_grad and not hasattr(pair.ours, "lora")  # left as they were
+    assert not any("lora" in name for name, _ in pair.ours.unet.named_modules())
+    restore = spoil(pair)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        JOBS[job](pair, base)
+    restore()
+
+
+def test_the_ratio_is_above_1_where_ours_is_faster():
+    calls = []
+
+    def side(name, seconds):
+        return lambda: (calls.append(name), time.sleep(seconds))
+
+    ours, theirs = common.alternate(side("o", 0.001), side("t", 0.02), 3, CPU)
+    assert "".join(calls) == "ot" * 4 and len(ours) == len(theirs) == 3  # the first of each is not counted
+    assert common.ratio(ours, theirs) > 1 > common.ratio(theirs, ours)
+    assert common.row("x", [1.0, 2.0, 4.0], [3.0, 6.0, 7.0]) == "| x | 1 / 2 / 4 | 3 / 6 / 7 | 3.00 |"
+
+
+@pytest.mark.parametrize("other", [torch.tensor([1.0, 2.1]), torch.tensor([1.0, torch.nan]), torch.tensor([1.0])])
+def test_outputs_that_differ_or_are_no_numbers_are_refused(other):
+    with pytest.raises(ValueError, match="cannot be compared"):
+        common.check_same(torch.tensor([1.0, 2.0]), other, 0.05, "x")
+
+
+def test_a_phase_within_a_phase_counts_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: now[0])
+    clock = phases.Phases(CPU)
+
+    class Work:
+        def outer(self):
+            now[0] += 1
+            self.inner()
+            now[0] += 2
+
+        def inner(self):
+            now[0] += 10
+
+    with clock.wrap(Work, "outer", "validation"), clock.wrap(Work, "inner", "saving"):
+        Work().outer()
+    now[0] += 4
+    Work().inner()  # no longer watched
+    clock.charge()
+    assert clock.seconds == {"validation": 3, "saving": 10, "rest": 14}
+
+
+def test_a_whole_run_by_phase(base, dog, tmp_path):
+    trainer, flags = train.Trainer, ["--steps", "3", "--validate-every", "2", "--images-per-prompt", "1"]
+    ckpt = tmp_path / "run.safetensors"
+    result = phases.whole(base, "cpu", [*flags, "--solver-steps", "2"], 1, dog.folder, ckpt)
+    assert train.Trainer is trainer
+    assert result["counts"] == {"negatives": 8, "training": 3, "validation": 3 * 8} and ckpt.exists()
+    assert all(result["seconds"][name] > 0 for name in phases.PHASES) and result["peak"] > 1e7
+    flop = {name: result["flop"][name] / count for name, count in result["counts"].items()}
+    assert flop["negatives"] > flop["validation"] > 0  # a negative is encoded too
+    # A step is θ forward and backward and θ₀ forward, all of 2; a picture is 2 solver steps of 2, and its decoding.
+    assert 1.5 < flop["training"] / flop["validation"] < 4
+
+    *_, training, validation, _, _, _ = phases.whole_rows(result | {"flop": {"training": 4e9}}, 1e9)
+    assert f"| {4 / result['seconds']['training']:.0%} |" in training and validation.endswith("|  |  |")
+
+
+def test_a_section_of_results_is_replaced_and_others_stay(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    for command, text in (("a", "first"), ("b", "other"), ("a", "second")):
+        report = common.Report(command, CPU)
+        report(text)
+        report.write(path)
+    text = path.read_text()
+    assert text.count("## a: ") == text.count("## b: ") == 1 and text.startswith("# ")
+    assert "first" not in text and "second" in text and "other" in text
+
+
+def test_the_release_draws_one_by_one_and_encodes_anew(base, dog, tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "SOLVER_STEPS", 3)
+    job = release.Release(base, dog, tmp_path, {"lr": 1e-3, "batch": 2, "guidance": 3.0}, CPU)
+    calls = []
+    monkeypatch.setattr(common, "pipeline", watched(common.pipeline, calls))
+    pieces = release.measure(job, dict.fromkeys(release.job(8, 4, 4, 400, 11), 1) | {"negative": 2, "training step": 2})
+    assert [len(seconds) for seconds in pieces.values()] == [1, 1, 2, 2, 1, 1]
+    drawn = ["text", "text", *["unet"] * 4, "decode"]  # PNDM asks once more than it has steps
+    step = ["encode", "text", "unet", "unet"]  # θ₀ and θ
+    assert [name for name, _ in calls] == drawn * 2 + step * 2 + drawn
+    assert all(count == (4 if name == "encode" else 1) for name, count in calls if name in ("encode", "decode"))
+    assert sorted(path.name for path in tmp_path.glob("*.jpg")) == ["0.jpg", "1.jpg"]
+    assert Image.open(tmp_path / "0.jpg").format == "JPEG" and (tmp_path / "unet").is_dir()
+    assert not torch.equal(job.unet.conv_in.weight, job.base_unet.conv_in.weight)
+
+
+def watched(pipeline, calls):
+    """`common.pipeline`, whose networks note what they are asked, and for how many."""
+
+    def build(*arguments, **options):
+        pipe = pipeline(*arguments, **options)
+        for name, owner, method in (
+            ("encode", pipe.vae, "encode"),
+            ("decode", pipe.vae, "decode"),
+            ("text", pipe.text_encoder, "forward"),
+            ("unet", pipe.unet, "forward"),
+        ):
+            inner = getattr(owner, method)
+
+            def note(*inputs, name=name, inner=inner, **more):
+                calls.append((name, len(inputs[0]) if inputs else 0))
+                return inner(*inputs, **more)
+
+            setattr(owner, method, note)
+        return pipe
+
+    return build
+
+
+def test_the_release_scores_as_we_do_but_for_the_token(base, dog, tmp_path):
+    job = release.Release(base, dog, tmp_path, {"lr": 1e-3, "batch": 1, "guidance": 3.0}, CPU)
+    job.load()
+    job.load_align()
+    photos = load_photos(dog, 16)
+    reward = Reward(ALIGN.from_pretrained(base / "reward"), BertTokenizer.from_pretrained(base / "reward"), photos, "@")
+    expected = reward(photos[:1], ["a [V] dog"], 0.3).item()  # "@": the token that the text lacks is taken out
+    assert job.score(photos[0], "a [V] dog") == pytest.approx(expected, abs=1e-4)
+
+
+def test_totals_of_the_release_and_of_ours():
+    same = release.job(8, 4, 4, 400, 11)
+    assert same["negative"] == 32 and same["validation picture"] == 352 and same["load ALIGN, embed the photos"] == 12
+    pieces = {name: [1.0, 3.0] for name in same}
+    assert release.total(pieces, same) == 2 * sum(same.values())
+
+    seconds = {"load": 1.0, "negatives": 10.0, "training": 4.0, "validation": 6.0, "saving": 2.0, "rest": 1.0}
+    short = {"seconds": seconds, "counts": {"negatives": 32, "training": 8, "validation": 64}}
+    assert release.ours(short, same) == pytest.approx(1 + 10 + 4 * 50 + (6 + 2) * 5.5 + 1)
+    whole = {"seconds": seconds, "counts": {"negatives": 32, "training": 400, "validation": 352}}
+    assert release.ours(whole, same) == sum(seconds.values())
+
+    lines = []
+    release.table(lines.append, pieces, same, same | {"negative": 128}, whole)
+    other = 2 * sum(same.values())
+    assert f"| **ratio** | | | **{other / 24:.1f}** | **{(other + 2 * 96) / 24:.1f}** |" in lines
+
+
+def test_both_dreambooths_are_trained_and_scored(base, dog, monkeypatch):
+    monkeypatch.setattr(
+        common, "alone", lambda function, *arguments: function(*arguments)
+    )  # starting Python takes long
+    more = ["--class-images", "3", "--solver-steps", "2", "--images-per-prompt", "1", "--lr", "1e-3", "--batch", "2"]
+    rows, seconds = dreambooth_peer.compare(base, dog.folder, CPU, [0, 1], 2, 1, more)
+    assert [len(scores) for scores in rows.values()] == [2, 2, 2]
+    assert len({rows[side][0]["dino"] for side in rows}) == 3  # base, ours and theirs are three networks
+    assert rows["ours"][0] != rows["ours"][1]
+    assert all(value > 0 for side in seconds.values() for one in side for value in one.values())
+    lines = []
+    dreambooth_peer.tables(lines.append, rows, seconds)
+    assert sum("±" in line and line.startswith("| ") for line in lines) == 3
+
+
+def test_the_recipe_learns_photos_and_keeps_the_class(base, dog, tmp_path):
+    settings = {"batch": 2, "class_images": 3, "guidance": 3.0, "solver_steps": 2, "lr": 1e-3}
+    result = tmp_path / "theirs.safetensors"
+    seconds = dreambooth_peer.recipe(base, dog, settings, 2, 0, CPU, result)
+    assert seconds.keys() == {"load", "class images", "training"}
+    ours = StableDiffusion.from_pretrained(base)
+    before = ours.unet.state_dict()
+    after = read_tensors(result)
+    assert after.keys() == before.keys() and not torch.equal(after["conv_in.weight"], before["conv_in.weight"])
+
+
+def test_the_spread_decides():
+    assert dreambooth_peer.within_the_spread([0.50, 0.52, 0.54], [0.51, 0.53, 0.55])
+    assert not dreambooth_peer.within_the_spread([0.50, 0.51, 0.52], [0.60, 0.61, 0.62])
+    assert not dreambooth_peer.within_the_spread([0.5], [0.5])
