@@ -200,9 +200,7 @@ def test_totals_of_the_release_and_of_ours():
 
 
 def test_both_dreambooths_are_trained_and_scored(base, dog, monkeypatch):
-    monkeypatch.setattr(
-        common, "alone", lambda function, *arguments: function(*arguments)
-    )  # starting Python takes long
+    monkeypatch.setattr(common, "alone", lambda function, *arguments: function(*arguments))
     more = ["--class-images", "3", "--solver-steps", "2", "--images-per-prompt", "1", "--lr", "1e-3", "--batch", "2"]
     rows, seconds = dreambooth_peer.compare(base, dog.folder, CPU, [0, 1], 2, 1, more)
     assert [len(scores) for scores in rows.values()] == [2, 2, 2]
