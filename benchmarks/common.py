@@ -20,6 +20,7 @@ import cli
 from model.stable_diffusion import StableDiffusion
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+TITLE = "# Results of the benchmarks\n\nWritten by the commands named, with --write; a section a command and machine.\n"
 HEAD = "| | ours, s | diffusers, s | diffusers / ours |\n|---|---|---|---|"
 MOST_DIFFERENCE = {"cpu": 1e-3, "cuda": 5e-2}  # of outputs of order 1: fp32, and bf16, which keeps three digits
 
@@ -214,7 +215,7 @@ class Report:
 
     def write(self, path: Path = RESULTS) -> None:
         """Replace the section of this command and machine, or add it."""
-        text = path.read_text(encoding="utf-8") if path.exists() else "# Results of the benchmarks\n"
+        text = path.read_text(encoding="utf-8") if path.exists() else TITLE
         first, *sections = text.split("\n## ")
         ours = "\n".join(self.lines).removeprefix("## ").strip() + "\n"
         heading = self.heading.removeprefix("## ")

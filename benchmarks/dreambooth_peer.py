@@ -1,6 +1,6 @@
 """Is our DreamBooth as good as diffusers' public recipe, and how fast is it? Run by hand; needs no download.
 
-    python -m benchmarks.dreambooth_peer --seeds 0 1 2      # 400 steps each, about half an hour on two CPU cores
+    python -m benchmarks.dreambooth_peer --seeds 0 1 2      # 400 steps each on weights/toy
     python -m benchmarks.dreambooth_peer --quick            # a few steps, to see that it works
     python -m benchmarks.dreambooth_peer --write            # and put the tables into benchmarks/RESULTS.md
 
@@ -145,7 +145,7 @@ def tables(report, rows: dict[str, list[dict]], seconds: dict[str, list[dict]]) 
     mine, other = means["ours"], means["diffusers"]
     for name in other:
         report(f"| {name} | {mine[name]:.1f} | {other[name]:.1f} | {other[name] / mine[name]:.2f} |")
-    report(f"| two validations, saving | {mine['validation']:.1f} | | |")
+    report(f"| validations, saving, the rest | {mine['validation']:.1f} | | |")
     without = sum(mine.values()) - mine["validation"]
     report(f"| all but validation | {without:.1f} | {sum(other.values()):.1f} | {sum(other.values()) / without:.2f} |")
     whole = sum(mine.values())

@@ -1,6 +1,6 @@
 """How fast is it on this machine, beside diffusers and by itself? Run by hand; needs no download.
 
-    python -m benchmarks.run                           # all tables: toy size and SD 1.5 size; an hour on two CPU cores
+    python -m benchmarks.run                           # all tables, at toy size and SD 1.5 size: long on a CPU
     python -m benchmarks.run --quick                   # the same tables in minutes, with few repetitions
     python -m benchmarks.run --device cuda --size sd15 # the whole run at SD 1.5's size, with random weights
     python -m benchmarks.run --write                   # and put them into benchmarks/RESULTS.md
@@ -54,11 +54,10 @@ def unet_rows(pair: Pair, batch: int, side: int, repeats: int, backward: bool = 
             return unet(x, t, context)
 
     def both(unet):
-        for parameter in unet.parameters():
-            parameter.grad = None
         with pair.ours.autocast():
             loss = unet(x, t, context).float().square().mean()
         loss.backward()
+        unet.zero_grad(set_to_none=True)  # there is not always room for both sides' gradients
         return loss
 
     check_same(forward(ours), forward(theirs), common.MOST_DIFFERENCE[pair.device.type], "the U-Net")
@@ -76,7 +75,6 @@ def unet_rows(pair: Pair, batch: int, side: int, repeats: int, backward: bool = 
         rows.append(row(f"U-Net forward + backward, {what}, {name}", *seconds))
         for unet in (ours, theirs):
             unet.requires_grad_(False)
-            unet.zero_grad(set_to_none=True)
     return rows
 
 
@@ -117,7 +115,7 @@ def trainer_of(sd, base: Path, folder: Path, flags: list[str]) -> train.Trainer:
     side, draws = sd.image_size // sd.vae.downscale, torch.Generator().manual_seed(0)
     picture = Image.new("RGB", (sd.image_size, sd.image_size), "teal")
 
-    def posterior(images):
+    def posterior(images, *_):
         mean = torch.randn(len(images), sd.unet.config.in_channels, side, side, generator=draws).to(sd.device)
         return mean, 0.1 * torch.ones_like(mean)
 
@@ -125,7 +123,7 @@ def trainer_of(sd, base: Path, folder: Path, flags: list[str]) -> train.Trainer:
     with contextlib.redirect_stdout(io.StringIO()):
         train.settle(args, sd.recommended)
     trainer = train.Trainer(args, load_subject(DOG), sd, ALIGN.from_pretrained(args.align).to(sd.device))
-    trainer.draw = lambda prompts, *_: [picture] * len(prompts)
+    trainer.draw = lambda prompts, *_, **__: [picture] * len(prompts)
     trainer.prepare()
     return trainer
 
