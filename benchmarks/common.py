@@ -213,8 +213,9 @@ class Report:
         print(line, flush=True)
         self.lines.append(line)
 
-    def write(self, path: Path = RESULTS) -> None:
-        """Replace the section of this command and machine, or add it."""
+    def write(self) -> None:
+        """Replace the section of this command and machine in RESULTS.md, or add it."""
+        path = RESULTS
         text = path.read_text(encoding="utf-8") if path.exists() else TITLE
         first, *sections = text.split("\n## ")
         ours = "\n".join(self.lines).removeprefix("## ").strip() + "\n"

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -211,7 +212,7 @@ def main() -> int:
     add("--quick", action="store_true", help="few repetitions and a short run, to see that all works")
     add("--write", action="store_true", help=f"put the tables into {common.RESULTS.name}, in this machine's section")
     add("--folder", type=Path, help="for the temporary weights of SD 1.5's size, 2 GB (default: the system's place)")
-    add("flags", nargs="*", help="after --, for train.py's whole run, such as -- --lora-rank 16")
+    add("--train", default="", metavar="FLAGS", help='for the whole run, such as --train="--lora-rank 16"')
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -224,7 +225,7 @@ def main() -> int:
                 if set(args.only) - {"whole"}:
                     beside(report, size, base, device, args.quick, args.only)
                 if "whole" in args.only:
-                    by_phase(report, size, base, device, args.quick, args.flags)
+                    by_phase(report, size, base, device, args.quick, shlex.split(args.train))
         if args.write:
             report.write()
     except (ValueError, OSError, RuntimeError) as error:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from test_evaluate import write_metrics
-from tiny import write_base, write_photos
+from tiny import call, write_base, write_photos
 
 import train
 from benchmarks import common, dreambooth_peer, phases, release, run
@@ -121,12 +121,13 @@ def test_a_whole_run_by_phase(base, dog, tmp_path):
     assert f"| {4 / result['seconds']['training']:.0%} |" in training and validation.endswith("|  |  |")
 
 
-def test_a_section_of_results_is_replaced_and_others_stay(tmp_path):
+def test_a_section_of_results_is_replaced_and_others_stay(tmp_path, monkeypatch):
     path = tmp_path / "RESULTS.md"
+    monkeypatch.setattr(common, "RESULTS", path)
     for command, text in (("a", "first"), ("b", "other"), ("a", "second")):
         report = common.Report(command, CPU)
         report(text)
-        report.write(path)
+        report.write()
     text = path.read_text()
     assert text.count("## a: ") == text.count("## b: ") == 1 and text.startswith("# ")
     assert "first" not in text and "second" in text and "other" in text
@@ -221,6 +222,31 @@ def test_the_recipe_learns_photos_and_keeps_the_class(base, dog, tmp_path):
     before = ours.unet.state_dict()
     after = read_tensors(result)
     assert after.keys() == before.keys() and not torch.equal(after["conv_in.weight"], before["conv_in.weight"])
+
+
+@pytest.mark.parametrize(
+    "module, flags, expected",
+    [
+        (
+            run,
+            ("--size", "toy", "--only", "unet", "whole"),
+            ["| U-Net forward + backward, 8 x 16x16", "| saving |", "MB."],
+        ),
+        (run, ("--size", "sd15", "--only", "whole"), ["Left out on a CPU"]),
+        (release, (), ["| **ratio** |", "| training step |", "negative from 1 of 32"]),
+        (dreambooth_peer, ("--seeds", "3"), ["| ours |", "| diffusers |", "| base |", "| all but validation |"]),
+    ],
+)
+def test_the_command_prints_and_writes_its_tables(module, flags, expected, base, dog, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common.cli, "EMBEDDED_BASE", base)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(common, "alone", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(common, "write_sd15", lambda folder: folder)
+    monkeypatch.setattr(release, "SOLVER_STEPS", 2)
+    assert call(module, monkeypatch, *flags, "--quick", "--device", "cpu", "--threads", 1, "--write") == 0
+    printed, written = capsys.readouterr().out, (tmp_path / "RESULTS.md").read_text()
+    for text in expected:
+        assert text in printed and text in written
 
 
 def test_the_spread_decides():
