@@ -163,25 +163,19 @@ def beside(report: Report, size: str, base: Path, device: torch.device, quick: b
     report(f"\n### {'weights/toy' if toy else 'SD 1.5 size, random weights'}, beside diffusers (min / median / max)\n")
     report(common.HEAD)
     pair = Pair(base, device)
-    side, batch = (16, 8) if toy else (32 if quick and slow else 64, 1)
-    repeats = 3 if slow else 5 if quick else 20
+    side, batch, pictures = (16, 8, 8) if toy else (64, 1, 1)
+    repeats, steps = (3, 2) if slow else (5, 5) if quick else (20, 20)
+    if quick and slow:  # a quarter of the picture, and nothing that takes a gradient
+        side, parts = 32, [part for part in parts if part != "training"]
+    flags = ["--device", str(device), *(["--lora-rank", "16"] if slow else [])]
     jobs = {
         "unet": lambda: unet_rows(pair, batch, side, repeats, backward=not (quick and slow)),
-        "drawing": lambda: drawing_rows(
-            pair, 8 if toy else 1, 2 if slow else 5 if quick else 20, side * 8, 1 if quick and slow else 3
-        ),
-        "training": lambda: training_rows(pair, base, step_flags(size, device), 2 if slow else repeats),
+        "drawing": lambda: drawing_rows(pair, pictures, steps, side * 8, 1 if quick and slow else 3),
+        "training": lambda: training_rows(pair, base, flags, 2 if slow else repeats),
     }
     for part, job in jobs.items():
-        if part not in parts or (part == "training" and quick and slow):
-            continue
-        for line in job():
+        for line in job() if part in parts else ():
             report(line)
-
-
-def step_flags(size: str, device: torch.device) -> list[str]:
-    flags = ["--device", str(device)]
-    return [*flags, "--lora-rank", "16"] if size == "sd15" and device.type == "cpu" else flags
 
 
 def by_phase(report: Report, size: str, base: Path, device: torch.device, quick: bool, flags: list[str]) -> None:
