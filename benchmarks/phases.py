@@ -61,7 +61,6 @@ def whole(
     """Run train.py in this process and say how long each phase took, its FLOP, and the peak of memory.
 
     ckpt: where the result should stay.
-
     Call it in a process of its own: the peak is the process's. Raises RuntimeError if train.py fails.
     """
     torch.set_num_threads(threads)
@@ -99,7 +98,8 @@ def whole(
         seconds = {name: phases.seconds[name] for name in PHASES}
         settings = {name: getattr(args, name) for name in train.PAPER}
         result = {"seconds": seconds, "counts": counts, "peak": peak, "peak_of": what, "settings": settings}
-        return result | {"flop": {name: count * work(trainer)[name] for name, count in counts.items()}}
+        each = work(trainer)
+        return result | {"flop": {name: count * each[name] for name, count in counts.items()}}
 
 
 def work(trainer: train.Trainer) -> dict[str, int]:

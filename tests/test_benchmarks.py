@@ -57,6 +57,8 @@ def test_the_same_job_is_timed_in_each_layout_and_another_is_refused(job, pair, 
     rows = JOBS[job](pair, base)
     assert len(rows) == (4 if job == "unet" else 2)
     assert sum("both channels_last" in row for row in rows) == len(rows) / 2
+    assert pair.theirs.unet.conv_in.weight.is_contiguous()  # of the last row
+    assert pair.ours.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert not pair.ours.unet.conv_in.weight.requires_grad and not hasattr(pair.ours, "lora")  # left as they were
     assert not any("lora" in name for name, _ in pair.ours.unet.named_modules())
     restore = spoil(pair)
