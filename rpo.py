@@ -67,6 +67,7 @@ def rpo_loss(
     label: Tensor,
     beta: float,
     preference_weight: float = 1.0,
+    check_label: bool = True,
 ) -> RPOLoss:
     """The RPO loss, averaged over the batch.
 
@@ -74,6 +75,7 @@ def rpo_loss(
     base_loss_ref, base_loss_gen: (batch,) the same of the frozen θ₀, with the same ε and t; they get no gradient.
     label: (batch,) y, 1 where the photo is preferred. beta: β > 0, how sharp the preference is; 1.0 in the paper.
     preference_weight: of the second term; 1 in the paper, 0 leaves the similarity alone.
+    check_label: False for labels that are known to be 0 or 1: to look at them is to wait for the GPU.
     Raises ValueError if the shapes differ, a label is neither 0 nor 1, beta is not a positive number, or the weight is
     negative or not finite.
     """
@@ -83,7 +85,7 @@ def rpo_loss(
     shapes = [tuple(x.shape) for x in (loss_ref, loss_gen, base_loss_ref, base_loss_gen, label)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
         raise ValueError(f"rpo_loss: four losses and the label must all be (batch,), with batch > 0; they are {shapes}")
-    if not bool(((label == 0) | (label == 1)).all()):
+    if check_label and not bool(((label == 0) | (label == 1)).all()):
         raise ValueError("rpo_loss: every label must be 0 or 1")
     y = label.to(loss_ref.dtype)
 
@@ -121,7 +123,8 @@ class RPO:
     ) -> RPOLoss:
         """loss_ref, loss_drawn: (n,) ℓ(θ) of photos and of negatives; base_...: of θ₀; label: (n,) y."""
         beta, weight = self.beta, self.preference_weight
-        return rpo_loss(loss_ref, loss_drawn, base_loss_ref, base_loss_drawn, label, beta, weight)
+        losses = loss_ref, loss_drawn, base_loss_ref, base_loss_drawn
+        return rpo_loss(*losses, label, beta, weight, check_label=False)  # it is preference_label's
 
     def state_dict(self) -> dict:
         """Nothing is learnt beside θ."""
