@@ -57,7 +57,9 @@ class Metrics:
         align_i, align_t = self.reward.alignments(images, prompts)
         texts = [strip_token(prompt, self.reward.token) for prompt in prompts]
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        text = self._features(self.clip.text_features, self.words, list(rows))[[rows[text] for text in texts]]
+        text = unit_features(self.clip.text_features, self.words, list(rows), self.device)[
+            [rows[text] for text in texts]
+        ]
         clip, dino = self._clip(images), self._dino(images)
         scores = {"dino": (dino @ self.dino_photos.T).mean(1), "clip_i": (clip @ self.clip_photos.T).mean(1)}
         return scores | {"clip_t": (clip * text).sum(1).clamp(min=0), "align_i": align_i, "align_t": align_t}
@@ -74,15 +76,22 @@ class Metrics:
             "align": f"EfficientNet of {blocks} blocks + BERT {bert.num_hidden_layers}x{bert.hidden_size}",
         }
 
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.clip.logit_scale.device
+
     def _dino(self, images: list[Image.Image]) -> Tensor:
-        return self._features(self.dino, self.dino.preprocess, images)
+        return unit_features(self.dino, self.dino.preprocess, images, self.device)
 
     def _clip(self, images: list[Image.Image]) -> Tensor:
-        return self._features(self.clip.image_features, self.clip.preprocess, images)
+        return unit_features(self.clip.image_features, self.clip.preprocess, images, self.device)
 
-    @torch.no_grad()
-    def _features(self, network: Callable[[Tensor], Tensor], prepare: Callable[[list], Tensor], items: list) -> Tensor:
-        """(n, width) of unit length."""
-        device = self.clip.logit_scale.device
-        parts = [prepare(items[i : i + 16]).to(device) for i in range(0, len(items), 16)]
-        return torch.cat([F.normalize(network(part).float(), dim=1) for part in parts])
+
+@torch.no_grad()
+def unit_features(
+    network: Callable[[Tensor], Tensor], prepare: Callable[[list], Tensor], items: list, device: torch.device
+) -> Tensor:
+    """(n, width) of length 1, in fp32: the network's of what `prepare` makes of the items, 16 at a time."""
+    parts = [prepare(items[i : i + 16]).to(device) for i in range(0, len(items), 16)]
+    return torch.cat([F.normalize(network(part).float(), dim=1) for part in parts])
