@@ -26,9 +26,16 @@ from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
 from model.weights import CheckpointError, build, config_from, load_tensors, read_json, read_tensors
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAST_CHANNELS_LAST = ("cpu", "cuda")  # the CPU was measured; of GPUs it is what NVIDIA says of half precision
+BYTES_A_PIXEL = 600  # of a picture that Stable Diffusion's U-Net is drawing in half precision, with guidance: counted
+
 
 class StableDiffusion:
-    """The parts of a base model on one device. `unet` may be trained or replaced; the rest stays as it was loaded."""
+    """The parts of a base model on one device. `unet` may be trained or replaced; the rest stays as it was loaded.
+
+    `precision`, a dtype that may be set: of the U-Net's arithmetic; bf16 on an NVIDIA GPU, else fp32.
+    """
 
     def __init__(
         self,
@@ -50,12 +57,14 @@ class StableDiffusion:
                 f"{text_encoder.config.hidden_size} wide: they are of different base models"
             )
         self.device = torch.device(device)
+        self.precision = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.unet, self.vae = unet.to(self.device), vae.to(self.device)
-        if self.device.type == "cpu":  # measured: faster there
+        if self.device.type in FAST_CHANNELS_LAST:
             self.unet.to(memory_format=torch.channels_last)
             self.vae.to(memory_format=torch.channels_last)
         self.text_encoder = text_encoder.to(self.device)
         self.tokenizer, self.scheduler, self.recommended = tokenizer, scheduler, recommended or {}
+        self._contexts: dict[str, Tensor] = {}  # prompt -> (77, width)
 
     @classmethod
     def from_pretrained(
@@ -122,7 +131,7 @@ class StableDiffusion:
             load_lora(self.unet, path, read=tensors)
         else:
             load_tensors(self.unet, tensors, path)
-        layout = torch.channels_last if self.device.type == "cpu" else torch.preserve_format
+        layout = torch.channels_last if self.device.type in FAST_CHANNELS_LAST else torch.preserve_format
         self.unet.to(self.device, memory_format=layout)
 
     @property
@@ -131,18 +140,36 @@ class StableDiffusion:
         return self.unet.config.sample_size * self.vae.downscale
 
     def autocast(self):
-        """bf16 arithmetic on a GPU (the weights stay fp32); fp32 on the CPU."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """Arithmetic in `precision`; the weights stay as they are.
+
+        Rounded weights are not kept for a second use: there is none, and they would take 2 bytes a weight.
+        """
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision, cache_enabled=False)
+
+    def drawing_batch(self, size: int | None = None, reserve: int = 0) -> int:
+        """How many pictures of `size` x `size` pixels `generate` draws at a time: on a GPU 1, 2, 4, 8 or 16.
+
+        As many as half of its free memory holds, less `reserve` bytes, at BYTES_A_PIXEL, in fp32 at twice that; more
+        than 16 would hardly be faster. 8 elsewhere.
+        """
+        if self.device.type != "cuda":
+            return 8
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free = torch.cuda.mem_get_info(self.device)[0] + cached - reserve
+        each = BYTES_A_PIXEL * self.precision.itemsize // 2 * (size or self.image_size) ** 2
+        return next((count for count in (16, 8, 4, 2) if count * each <= free // 2), 1)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 77, width): the text encoder's last hidden state, computed once for equal prompts.
+        """(B, 77, width): the text encoder's last hidden state, computed once for a prompt and kept.
 
         What exceeds 77 tokens is cut off.
         """
-        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        contexts = self.text_encoder(self.tokenizer(list(unique)).to(self.device))
-        return contexts[[unique[prompt] for prompt in prompts]]
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
+            self._contexts.update(zip(new, self.text_encoder(self.tokenizer(new).to(self.device)), strict=True))
+        return torch.stack([self._contexts[prompt] for prompt in prompts])
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], batch_size: int = 8) -> tuple[Tensor, Tensor]:
@@ -159,8 +186,14 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
-        """Scaled latents (B, 4, h, w) to RGB pictures of 8h x 8w."""
-        pixels = self.vae.decode(latents.float() / self.vae.config.scaling_factor)
+        """Scaled latents (B, 4, h, w) to RGB pictures of 8h x 8w.
+
+        In fp32 even if `precision` is fp16: the decoder's maps may exceed fp16's 65504. bf16 reaches as far as fp32.
+        One at a time on a GPU: at 512 px each takes 0.7 GB in bf16.
+        """
+        parts = latents.float().split(1 if self.device.type == "cuda" else max(len(latents), 1))
+        with nullcontext() if self.precision == torch.float16 else self.autocast():
+            pixels = torch.cat([self.vae.decode(part / self.vae.config.scaling_factor).float() for part in parts])
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -185,15 +218,16 @@ class StableDiffusion:
         guidance: float = 7.5,
         sampler: str = "dpm++",
         size: int | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         latents: Tensor | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> list[Image.Image]:
         """Draw one picture for each prompt and its seed, `size` x `size` pixels (default: the base's own).
 
         Every picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, whatever the batch
-        size and the device. `latents` (B, 4, h, w): the initial noise instead. `on_batch` is called with the number of
-        pictures just finished. Raises ValueError for an unknown sampler, a bad size or numbers that do not match.
+        size (default: `drawing_batch`) and the device. `latents` (B, 4, h, w): the initial noise instead. `on_batch` is
+        called with the number of pictures just finished.
+        Raises ValueError for an unknown sampler, a bad size or numbers that do not match.
         """
         size = self.image_size if size is None else size
         if size < 1 or size % self.vae.downscale:
@@ -203,13 +237,13 @@ class StableDiffusion:
         shape = (self.unet.config.in_channels, size // self.vae.downscale, size // self.vae.downscale)
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(f"latents should be {(len(prompts), *shape)}, not {tuple(latents.shape)}")
-        pictures = []
-        contexts, empty = self.encode_prompts(prompts), self.encode_prompts([""])
+        pictures, batch_size = [], batch_size or self.drawing_batch(size)
+        *contexts, empty = self.encode_prompts([*prompts, ""])
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
             noise = randn(shape, generators, self.device) if latents is None else latents[part].to(self.device)
-            context = contexts[part]
+            context = torch.stack(contexts[part])
             nothing = empty.expand_as(context)
 
             def denoise(x: Tensor, t: Tensor, context=context, nothing=nothing) -> Tensor:
