@@ -108,6 +108,13 @@ def add_base_flags(parser: argparse.ArgumentParser, default: Path | None, what: 
     add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the U-Net predicts (default: as it says)")
 
 
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """--device and --precision."""
+    add = parser.add_argument
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="of the U-Net (default: bf16 on cuda, else fp32)")
+
+
 def base_name(base: Path) -> str:
     """A base model's folder as a checkpoint names it: "weights/toy" for the embedded one, wherever the project lies."""
     return "weights/toy" if base.resolve() == EMBEDDED_BASE.resolve() else str(base.resolve())

@@ -27,9 +27,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import cli
+import engine
 import parallel
 from metrics import Metrics
-from model.stable_diffusion import StableDiffusion, check_layout, home_of
+from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
 from model.weights import CheckpointError, read_json, read_metadata
 from pictures import drawn_with, picture_names, save_grid, save_pictures
 from reward import lambda_harmonic
@@ -86,7 +87,7 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
     for path in (out / "grid.png", result):
         cli.check_writable(path)
     settings |= {"ckpt": ckpt.name if ckpt else None, "base": cli.base_name(base)}
-    settings |= {"variant": variant, "prediction_type": prediction_type}
+    settings |= {"variant": variant, "prediction_type": prediction_type, "precision": args.precision}
     networks = [base] if base.is_file() else [base / part for part in ("unet", "vae", "text_encoder", "scheduler")]
     files = {"ckpt": [ckpt] if ckpt else [], "base": [*networks, home / "tokenizer"], "photos": subject.photos}
     files |= {name: [path] for name, path in folders.items()}
@@ -124,8 +125,8 @@ def digest(paths: list[Path]) -> str:
 class Evaluator:
     """Draws and scores. What is loaded stays for the subjects that follow, as long as their base is the same."""
 
-    def __init__(self, device: torch.device, batch: int):
-        self.device, self.batch, self.loaded = device, batch, None
+    def __init__(self, device: torch.device, batch: int | None, precision: str):
+        self.device, self.batch, self.precision, self.loaded = device, batch, precision, None
 
     def load(self, job: Job) -> None:
         """Raises CheckpointError, naming the file, for what does not fit."""
@@ -138,6 +139,7 @@ class Evaluator:
             self.metrics = Metrics.from_folders(**job.folders, photos=photos, token=token, device=self.device)
             base, variant, prediction_type = job.base
             self.sd = StableDiffusion.from_pretrained(base, self.device, variant, prediction_type)
+            self.sd.precision = PRECISIONS[self.precision]
             self.loaded = job.base, job.folders, lora
         if job.ckpt:
             self.sd.load_unet(job.ckpt)
@@ -198,7 +200,7 @@ def run_one(args: argparse.Namespace, device: torch.device) -> int:
     kind, guidance = "living subjects" if subject.live else "things", settings["guidance"]
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, prompts of {kind}")
     print(f"{ckpt or 'no checkpoint'}, base {settings['base']}, {settings['steps']} steps, guidance {guidance:g}")
-    result = Evaluator(device, args.batch)(job)
+    result = Evaluator(device, args.batch, args.precision)(job)
     print(f"\n{'':12}{'mean':>8}{'SD':>8}  over 25 prompts x {args.n} images, measured with")
     for name, title in TITLES.items():
         network = result["networks"].get(name.split("_")[0], f"ALIGN-I and ALIGN-T, λ = {settings['lambda_val']:g}")
@@ -231,7 +233,7 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
         with told(name):
             path, out = Path(template.replace("{subject}", name)), args.out and args.out / name
             jobs[name] = plan(args, args.dreambench / name, path if args.ckpt else None, path.with_suffix(""), out)
-    evaluator = Evaluator(device, args.batch)
+    evaluator = Evaluator(device, args.batch, args.precision)
     for name, job in jobs.items():
         with told(name):
             before = job.done()
@@ -267,9 +269,9 @@ def main() -> int:
     add("--seed", type=cli.seed, default=0, help="fixes every image (default: %(default)s)")
     add("--steps", type=cli.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
     add("--guidance", type=cli.positive, help="classifier-free guidance (default: as in training, or the base's)")
-    add("--batch", type=cli.count, default=8, help="images at a time; changes no image (default: %(default)s)")
+    add("--batch", type=cli.count, help="images at a time; changes no image (default: what fits, 8 on a CPU)")
     add("--out", type=cli.path, help="the folder for the pictures (default: the checkpoint's name, or base, and .eval)")
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    cli.add_machine_flags(parser)
     args = parser.parse_args()
     if args.dreambench and args.ckpt and "{subject}" not in args.ckpt:
         parser.error('--ckpt should hold {subject} for --dreambench, such as "runs/{subject}/best.safetensors"')
@@ -280,7 +282,9 @@ def main() -> int:
     if args.subject and parallel.world() > 1:
         parser.error("--subject is work for one process: leave torchrun out, or share many out with --dreambench")
     try:
-        return (run_one if args.subject else run_many)(args, cli.device(args.device))
+        device = cli.device(args.device)
+        args.precision = engine.precision(args.precision, device)
+        return (run_one if args.subject else run_many)(args, device)
     except (ValueError, OSError) as error:
         return cli.fail(error)
     except (MemoryError, RuntimeError) as error:

@@ -8,6 +8,7 @@ best.state.pt      all that --resume needs; train.py removes it at the end
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch import Tensor
 import cli
 from model.weights import CheckpointError, save_tensors
 from pictures import film_strip
+from subject import Subject
 
+VERSION = "0.1.0"
 STATE = ".state.pt"
 
 
@@ -107,3 +110,34 @@ class Record:
         if changed:
             raise CheckpointError(f"{path} is of a run with other settings ({'; '.join(changed)}): give the same ones")
         return done
+
+
+def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
+    """What sample.py and evaluate.py need to know, for the checkpoint's header."""
+    values = {"format": "pt", "method": args.method, "version": VERSION, "base": cli.base_name(args.base)}
+    values |= {name: getattr(args, name) for name in ("variant", "prediction_type") if getattr(args, name)}
+    values |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
+    labels = ("lambda_train", "beta", "tau", "preference_weight") if args.method == "rpo" else ()
+    values |= {"lora_rank": args.lora_rank} if args.lora_rank else {}
+    names = (*labels, "lambda_val", "mean", "lr", "batch", "guidance", "seed")
+    return values | {name: getattr(args, name) for name in names}
+
+
+def fingerprint(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
+    """What must be equal for a run to be the same run. More --steps or another --patience are welcome."""
+    free = {"steps", "patience", "resume", "device", "ckpt", "checkpoint_gradients"}
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    return settings | {"noun": subject.noun, "photos": [photo.name for photo in subject.photos]}
+
+
+def check_place(ckpt: Path, resume: bool) -> None:
+    """Say what a run with this result would replace. Raises ValueError if it cannot be written, or resumed."""
+    state = ckpt.with_suffix(STATE)
+    for ending in (".safetensors", ".jsonl", ".png", STATE):
+        cli.check_writable(ckpt.with_suffix(ending))
+    if resume and not state.is_file():
+        raise ValueError(f"there is nothing to resume: {state} is missing")
+    if ckpt.exists() and not resume:
+        print(f"{ckpt} exists and will be replaced at the first validation after step 0; --ckpt NAME keeps it")
+    if state.exists() and not resume:
+        print(f"{state} is of an interrupted run and will be replaced; --resume goes on with it")

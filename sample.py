@@ -15,8 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import cli
+import engine
 from model.scheduler import SAMPLERS
-from model.stable_diffusion import StableDiffusion, check_layout, home_of
+from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
 from model.weights import read_metadata
 from pictures import drawn_with, picture_names, save_grid, save_pictures
 
@@ -29,6 +30,7 @@ def run(args) -> int:
     check_layout(base)
     cli.check_writable(args.export_single or args.out / "grid.png")
     sd = StableDiffusion.from_pretrained(base, cli.device(args.device), variant, prediction_type)
+    sd.precision = PRECISIONS[engine.precision(args.precision, sd.device)]
     if args.ckpt:
         sd.load_unet(args.ckpt)
     if args.export_single:
@@ -46,13 +48,13 @@ def run(args) -> int:
 
     texts = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in prompts for i in range(args.n)]
-    names, pictures = picture_names(texts, seeds), []
+    names, pictures, at_once = picture_names(texts, seeds), [], args.batch or sd.drawing_batch(args.size)
     options = {"steps": steps, "guidance": guidance, "sampler": args.scheduler}
     try:
         with tqdm(total=len(texts), desc="drawing", unit="image", delay=0.1) as bar:
-            for start in range(0, len(texts), args.batch):
-                part = slice(start, start + args.batch)
-                drawn = sd.generate(texts[part], seeds[part], **options, size=args.size, batch_size=args.batch)
+            for start in range(0, len(texts), at_once):
+                part = slice(start, start + at_once)
+                drawn = sd.generate(texts[part], seeds[part], **options, size=args.size, batch_size=at_once)
                 settings = drawn_with(**options, size=drawn[0].size, ckpt=args.ckpt, base=base, header=header)
                 save_pictures(args.out, names[part], drawn, texts[part], seeds[part], settings)
                 pictures += drawn
@@ -76,7 +78,7 @@ def main() -> int:
     add("--guidance", type=cli.positive, help="classifier-free guidance (default: as in training, or the base's)")
     add("--scheduler", choices=SAMPLERS, default="dpm++", help="the sampler (default: dpm++)")
     add("--size", type=cli.count, help="the side in pixels (default: the base's)")
-    add("--batch", type=cli.count, default=8, help="pictures at a time; changes no picture (default: 8)")
+    add("--batch", type=cli.count, help="pictures at a time; changes no picture (default: what fits, 8 on a CPU)")
     cli.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     add(
         "--export-single",
@@ -85,7 +87,7 @@ def main() -> int:
         help="draw nothing; write all networks into one file for other tools",
     )
     add("--out", type=cli.path, default=Path("outputs"), help="the folder for the pictures (default: outputs)")
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    cli.add_machine_flags(parser)
     args = parser.parse_args()
     if args.export_single and args.export_single.suffix != ".safetensors":
         parser.error(f"--export-single {args.export_single} should end in .safetensors")

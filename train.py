@@ -26,21 +26,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+import engine
 import parallel
 from baselines.dpg import DPG, REWARDS
 from baselines.dreambooth import DreamBooth
+from metrics import unit_features
 from model.align import ALIGN
 from model.dino import DINO
 from model.lora import add_lora, lora_header, lora_tensors, without_lora
-from model.stable_diffusion import StableDiffusion, check_layout, home_of
+from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
 from model.tokenizer import BertTokenizer
-from model.weights import CheckpointError
-from record import STATE, Record
+from model.weights import CheckpointError, read_json
+from record import STATE, Record, check_place, fingerprint, metadata
 from reward import MEANS, Reward
 from rpo import RPO, denoising_loss, preference_label, preference_probability
 from subject import Subject, load_photos, load_subject
 
-VERSION = "0.1.0"
 # The paper's settings (table 4), and our own solver steps. A base's rpo.json may recommend others; flags win.
 PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "class_images": 200, "solver_steps": 20}
 LORA_LR = 1e-4
@@ -81,6 +82,7 @@ class Trainer:
         self.args, self.subject, self.sd, self.dino = args, subject, sd, dino
         self.method = method_of(args, sd)
         self.first_step = 1
+        self.away: list[torch.nn.Module] = []  # networks that are on the device for validations only
         self.photos = load_photos(subject, sd.image_size)
         self.reward = Reward(align, BertTokenizer.from_pretrained(args.align), self.photos, subject.token)
         self.reward.mean = MEANS[args.mean]
@@ -91,7 +93,11 @@ class Trainer:
             self.base_unet, self.unet = sd.unet, copy.deepcopy(sd.unet)  # θ₀ and θ
             self.learned = self.unet.requires_grad_(True)
         self.unet.train()
-        self.optimizer = torch.optim.AdamW(self.learned.parameters(), lr=args.lr, weight_decay=0.01)
+        engine.prepare_networks(args, sd, self.unet, self.base_unet)
+        self.at_once = sd.drawing_batch(reserve=sum(8 * each.numel() for each in self.learned.parameters()))
+        fused = sd.device.type in ("cpu", "cuda")  # one pass over the weights instead of ten
+        self.optimizer = torch.optim.AdamW(self.learned.parameters(), lr=args.lr, weight_decay=0.01, fused=fused)
+        self.scaler = torch.amp.GradScaler(sd.device.type, enabled=args.precision == "fp16")
         header = metadata(args, subject) | (lora_header(self.unet) if args.lora_rank else {})
         settings = fingerprint(args, subject)
         self.record = Record(args.ckpt, header, settings, subject.training_prompts, self.photos)
@@ -104,7 +110,8 @@ class Trainer:
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()[mine]
         steps, guidance, quiet = self.args.solver_steps, self.args.guidance, parallel.rank() > 0
         with tqdm(total=len(seeds), desc=text, unit="image", leave=False, delay=0.1, disable=quiet) as bar:
-            drawn = self.sd.generate(prompts[mine], seeds, steps, guidance, on_batch=bar.update) if seeds else []
+            options = {"batch_size": self.at_once, "on_batch": bar.update}
+            drawn = self.sd.generate(prompts[mine], seeds, steps, guidance, **options) if seeds else []
         return parallel.gather(drawn)
 
     def prepare(self) -> None:
@@ -118,13 +125,16 @@ class Trainer:
         if "label" in self.method.needs:
             r_gen = self.reward(drawn, prompts, args.lambda_train)  # each negative's own, with its own prompt
             r_ref = self.reward.of_photos(prompts, args.lambda_train)  # photo i with the prompt of negative j
-            self.p_ref_wins = preference_probability(r_ref, r_gen, args.tau)  # (photos, negatives)
+            p = preference_probability(r_ref, r_gen, args.tau)
+            self.p_ref_wins = p.cpu()  # (photos, negatives); where the labels are drawn
         if "dino" in self.method.needs:
-            self.dino_photos = dino_features(self.dino, self.photos)
+            self.dino_photos = unit_features(self.dino, self.dino.preprocess, self.photos, sd.device)
         self.ref_posterior, self.drawn_posterior = sd.encode_images(self.photos), sd.encode_images(drawn)
         self.ref_context = sd.encode_prompts([self.subject.instance_prompt])
         self.drawn_context = sd.encode_prompts(prompts)
         sd.unet = self.unet  # θ draws from here on
+        for network in self.away:
+            network.cpu()
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -161,40 +171,42 @@ class Trainer:
         x_t, target = sd.scheduler.add_noise(x_0, eps, t), sd.scheduler.target(x_0, eps, t)
         context = torch.cat([repeat(self.ref_context, "1 l d -> n l d", n=n), self.drawn_context[j]])
 
-        with sd.autocast():
-            prediction = self.unet(x_t, t, context)
-        loss_ref, loss_drawn = denoising_loss(prediction, target).chunk(2)
-        if "base_loss_ref" in self.method.needs:
+        if "base_loss_ref" in self.method.needs:  # before θ's pass, whose insides wait for backward()
             with sd.autocast(), torch.no_grad(), without_lora(self.base_unet):
                 base = denoising_loss(self.base_unet(x_t, t, context), target)
             given["base_loss_ref"], given["base_loss_drawn"] = base.chunk(2)
+        with sd.autocast():
+            prediction = self.unet(x_t, t, context)
+        loss_ref, loss_drawn = denoising_loss(prediction, target).chunk(2)
         if "x_0_hat" in self.method.needs:
             x_0_hat = sd.scheduler.to_x0_eps(prediction.float(), x_t, t)[0]
             given |= {"x_0_hat": x_0_hat[:n], "x_0": x_0[:n], "t": t[:n]}
         if "dino" in self.method.needs:
-            features = dino_features(self.dino, sd.decode_latents(x_0_hat[:n].detach()))
+            pictures = sd.decode_latents(x_0_hat[:n].detach())
+            features = unit_features(self.dino, self.dino.preprocess, pictures, sd.device)
             given["dino"] = (features * self.dino_photos[i.to(device)]).sum(1)
 
         loss = self.method.loss(loss_ref, loss_drawn, **given)
-        if not torch.isfinite(loss.total):
-            raise FloatingPointError(f"the loss is {loss.total.item()} at step {step}: try a smaller --lr")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
+        self.scaler.scale(loss.total).backward()
         parallel.average(self.learned.parameters(), weight)
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.learned.parameters(), 1.0)
-        self.optimizer.step()
-        row = loss._asdict() | {"gradient_norm": norm}
+        self.scaler.step(self.optimizer)  # unless fp16's gradients overflowed: then the scale is halved
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        row = engine.numbers(loss._asdict() | {"gradient_norm": norm})
         if "label" in given:
-            row |= {"label": given["label"], "p": self.p_ref_wins[i, j]}
-        row = parallel.mean({name: value.float().mean().item() for name, value in row.items()}, weight)
+            row |= {"label": given["label"].mean().item(), "p": self.p_ref_wins[i, j].mean().item()}
+        row = engine.check_numbers(parallel.mean(row, weight), step, self.scaler.is_enabled())
         return {"step": step, **row, "seconds": round(time.time() - start, 3)}
 
     def validate(self, step: int) -> None:
         """Draw the training prompts with the same seeds as ever, score them, keep the weights if they are the best."""
         args, start = self.args, time.time()
         prompts = [prompt for prompt in self.subject.training_prompts for _ in range(args.images_per_prompt)]
-        images = self.draw(prompts, args.seed + 1, f"validating step {step}")
-        align_i, align_t = self.alignments = self.reward.alignments(images, prompts)
+        with engine.visiting(self.away, self.sd.device):
+            images = self.draw(prompts, args.seed + 1, f"validating step {step}")
+            align_i, align_t = self.alignments = self.reward.alignments(images, prompts)
         reward = self.reward.mean(align_i, align_t, args.lambda_val).mean().item()
         row = {"align_i": align_i.mean().item(), "align_t": align_t.mean().item(), "reward": reward}
         row = {"step": step, **parallel.mean(row, 1 / parallel.world())}  # all ranks must agree on the best
@@ -213,41 +225,17 @@ class Trainer:
 
     def learning(self) -> dict:
         """Whatever changes from step to step."""
-        return {"unet": self.learned, "optimizer": self.optimizer, "method": self.method}
+        return {"unet": self.learned, "optimizer": self.optimizer, "scaler": self.scaler, "method": self.method}
 
     def resume(self) -> None:
         """Go on from the last validation. Raises CheckpointError as Record.load_state does."""
         self.first_step = self.record.load_state(self.learning()) + 1
 
 
-def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
-    """What sample.py and evaluate.py need to know, for the checkpoint's header."""
-    values = {"format": "pt", "method": args.method, "version": VERSION, "base": cli.base_name(args.base)}
-    values |= {name: getattr(args, name) for name in ("variant", "prediction_type") if getattr(args, name)}
-    values |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
-    labels = ("lambda_train", "beta", "tau", "preference_weight") if args.method == "rpo" else ()
-    values |= {"lora_rank": args.lora_rank} if args.lora_rank else {}
-    names = (*labels, "lambda_val", "mean", "lr", "batch", "guidance", "seed")
-    return values | {name: getattr(args, name) for name in names}
-
-
-def fingerprint(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
-    """What must be equal for a run to be the same run. More --steps or another --patience are welcome."""
-    free = {"steps", "patience", "resume", "device", "ckpt"}
-    settings = {name: value for name, value in vars(args).items() if name not in free}
-    return settings | {"noun": subject.noun, "photos": [photo.name for photo in subject.photos]}
-
-
 def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Generator) -> Tensor:
     """x_0 drawn from the posteriors of the pictures `index`."""
     mean, std = (part[index.to(part.device)] for part in posterior)
     return mean + std * torch.randn(mean.shape, generator=draws).to(mean.device)
-
-
-@torch.no_grad()
-def dino_features(dino: DINO, images: list[Image.Image]) -> Tensor:
-    """(n, width), of length 1."""
-    return torch.nn.functional.normalize(dino(dino.preprocess(images).to(next(dino.parameters()))), dim=1)
 
 
 def settle(args: argparse.Namespace, recommended: dict) -> None:
@@ -265,39 +253,36 @@ def settle(args: argparse.Namespace, recommended: dict) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = cli.device(args.device)
+    args.precision = engine.precision(args.precision, device)
     subject = load_subject(args.subject, args.noun, args.live, args.token)
     check_layout(args.base)
     args.align = args.align or home_of(args.base) / "reward"
     if not args.align.is_dir():
-        raise CheckpointError(
-            f"{args.align} is missing, which should hold ALIGN: name its folder with --align (README)"
-        )
+        raise CheckpointError(f"{args.align} is missing, which should hold ALIGN: name its folder with --align")
     dino = home_of(args.base) / "metrics" / "dino" if (args.method, args.dpg_reward) == ("dpg", "dino") else None
     if dino and not dino.is_dir():
         raise CheckpointError(f"{dino} is missing, which should hold DINO for --dpg-reward dino")
-    for ending in (".safetensors", ".jsonl", ".png", STATE):
-        cli.check_writable(args.ckpt.with_suffix(ending))
-    if args.resume and not args.ckpt.with_suffix(STATE).is_file():
-        raise ValueError(f"there is nothing to resume: {args.ckpt.with_suffix(STATE)} is missing")
-    if args.ckpt.exists() and not args.resume:
-        print(f"{args.ckpt} exists and will be replaced at the first validation after step 0; --ckpt NAME keeps it")
-    if args.ckpt.with_suffix(STATE).exists() and not args.resume:
-        print(f"{args.ckpt.with_suffix(STATE)} is of an interrupted run and will be replaced; --resume goes on with it")
+    check_place(args.ckpt, args.resume)
 
     prompts = f"prompts of {'living subjects' if subject.live else 'things'}"
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
+    rpo_json = home_of(args.base) / "rpo.json"
+    settle(args, read_json(rpo_json) if rpo_json.is_file() else {})
+    short = engine.tell_memory(args, device)
     sd = StableDiffusion.from_pretrained(args.base, device, args.variant, args.prediction_type)
+    sd.precision = PRECISIONS[args.precision]
     align = ALIGN.from_pretrained(args.align).to(device)
     dino = DINO.from_pretrained(dino).to(device) if dino else None
     parameters = sum(p.numel() for p in sd.unet.parameters())
     print(f"base {cli.base_name(args.base)} on {device}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
-    settle(args, sd.recommended)
     if not args.lora_rank:
         # Checkpoint and state (fp32, with AdamW's two averages), and the new state beside the old while it is written.
         cli.check_writable(args.ckpt, 28 * parameters)
 
     trainer = Trainer(args, subject, sd, align, dino)
+    if short and not dino:  # which looks at decoded pictures in every step
+        trainer.away = [sd.vae, sd.text_encoder, align]
     if args.resume:
         trainer.resume()
         print(f"going on after step {(done := trainer.first_step - 1)}")
@@ -329,53 +314,29 @@ def flags() -> cli.Parser:
     add("--steps", type=cli.count, default=400, help="gradient steps (default: %(default)s, the paper's)")
     add("--batch", type=cli.count, help="pairs a step (the paper: 1)")
     add("--lr", type=cli.positive, help="learning rate (the paper: 5e-6)")
-    add(
-        "--lora-rank", type=cli.count, help="train adapters of this rank, a file of a few MB (default: the whole U-Net)"
-    )
-    add("--guidance", type=cli.positive, help="classifier-free guidance when drawing (the paper: 7.5)")
-    add("--solver-steps", type=cli.count, help="DPM-Solver++ steps when drawing (default: 20)")
-    add("--images-per-prompt", type=cli.count, help="negatives, and validation images, a prompt (the paper: 4)")
-    add("--validate-every", type=cli.count, default=40, help="gradient steps (default: %(default)s, the paper's)")
-    add("--lambda-val", type=cli.fraction, default=0.3, help="λ of the validation (default: %(default)s, the paper's)")
+    add("--lora-rank", type=cli.count, help="train adapters of this rank, some MB (default: the whole U-Net)")
     add("--patience", type=cli.count, help="stop after so many validations without a better reward (default: never)")
     add("--seed", type=cli.seed, default=0, help="fixes every draw (default: %(default)s)")
     add("--resume", action="store_true", help="go on with an interrupted run")
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    cli.add_machine_flags(parser)
+    add("--checkpoint-gradients", action="store_true", help="less memory, a third slower: compute activations twice")
+    add("--compile", action="store_true", help="torch.compile the U-Net: minutes before the first step")
     add = parser.add_argument_group("the method and its ablations").add_argument
     add("--method", choices=("rpo", "dreambooth", "dpg"), default="rpo", help="(default: %(default)s)")
-    add("--beta", type=cli.positive, default=1.0, help="RPO: β of the loss (default: %(default)s, the paper's)")
-    add(
-        "--lambda-train",
-        type=cli.fraction,
-        default=0.0,
-        help="RPO: λ of the labels (default: %(default)s, the paper's)",
-    )
-    add(
-        "--tau",
-        type=cli.positive,
-        default=1.0,
-        help="RPO: temperature of the labels (default: %(default)s, the paper's)",
-    )
-    add(
-        "--preference-weight",
-        type=cli.at_least_0,
-        default=1.0,
-        help="RPO: 0 leaves the similarity loss alone (default: 1)",
-    )
+    add("--images-per-prompt", type=cli.count, help="negatives, and validation images, a prompt (the paper: 4)")
+    add("--guidance", type=cli.positive, help="classifier-free guidance when drawing (the paper: 7.5)")
+    add("--solver-steps", type=cli.count, help="DPM-Solver++ steps when drawing (default: 20)")
+    add("--validate-every", type=cli.count, default=40, help="gradient steps (default: %(default)s, the paper's)")
+    add("--lambda-val", type=cli.fraction, default=0.3, help="λ of the validation (default: %(default)s, the paper's)")
+    paper = "(default: %(default)s, the paper's)"
+    add("--lambda-train", type=cli.fraction, default=0.0, help=f"RPO: λ of the labels {paper}")
+    add("--beta", type=cli.positive, default=1.0, help=f"RPO: β of the loss {paper}")
+    add("--tau", type=cli.positive, default=1.0, help=f"RPO: temperature of the labels {paper}")
+    add("--preference-weight", type=cli.at_least_0, default=1.0, help="RPO: 0 leaves the similarity loss (default: 1)")
     add("--prior-weight", type=cli.at_least_0, default=1.0, help="DreamBooth, DPG: of the class images (default: 1)")
     add("--class-images", type=cli.count, help="DreamBooth, DPG: how many class images are drawn (default: 200)")
-    add(
-        "--dpg-reward",
-        choices=REWARDS,
-        default="look-forward",
-        help="DPG: what the critic learns (default: %(default)s)",
-    )
-    add(
-        "--mean",
-        choices=list(MEANS),
-        default="harmonic",
-        help="of ALIGN-I and ALIGN-T (default: %(default)s, the paper's)",
-    )
+    add("--dpg-reward", choices=REWARDS, default=REWARDS[0], help="DPG: what the critic learns (default: %(default)s)")
+    add("--mean", choices=list(MEANS), default="harmonic", help=f"of ALIGN-I and ALIGN-T {paper}")
     add("--keep-last", action="store_true", help="keep the last weights instead of the best: no early stopping")
     return parser
 
@@ -387,10 +348,12 @@ def main() -> int:
         parser.error(f"--ckpt {args.ckpt} should end in .safetensors")
     try:
         return run(args)
-    except torch.OutOfMemoryError:
-        return cli.fail("the GPU's memory is full: use a smaller --batch, or a larger GPU")
     except (ValueError, OSError, FloatingPointError) as error:
         return cli.fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not cli.memory_is_full(error):
+            raise
+        return cli.fail(f"the memory is full: {engine.remedy(args)}")
     except KeyboardInterrupt:
         print("\ninterrupted before the start")
         return 130

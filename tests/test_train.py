@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS, call, error_line, files_in, write_base, write_photos
 
+import record
 import train
 from model.align import ALIGN
 from model.stable_diffusion import StableDiffusion
@@ -153,7 +154,7 @@ def test_checkpoint_loads_strictly_and_is_the_best_validation(done, world):
 def test_header_says_where_it_comes_from(done, world):
     folder, trainer = done
     header = read_metadata(folder / "best.safetensors")
-    expected = {"base": str(world / "base"), "token": "[V]", "noun": "dog", "seed": "0", "version": train.VERSION}
+    expected = {"base": str(world / "base"), "token": "[V]", "noun": "dog", "seed": "0", "version": record.VERSION}
     expected |= {"step": str(trainer.record.best_step), "reward": str(trainer.record.best_reward)}
     expected |= {"lambda_train": "0.0", "lambda_val": "0.3", "beta": "1.0", "lr": "0.001", "guidance": "7.5"}
     assert {name: header.get(name) for name in expected} == expected
