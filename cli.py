@@ -18,6 +18,11 @@ import parallel
 
 EMBEDDED_BASE = Path(__file__).parent / "weights" / "toy"
 
+# The paper's settings (table 4), and our own solver steps. A base's rpo.json may recommend others; flags win.
+PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "class_images": 200, "solver_steps": 20}
+LORA_LR = 1e-4
+OURS = {"lora_lr": "usual for LoRA", "solver_steps": "our default", "class_images": "DreamBooth's"}
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line (its exit status is 2, as ever)."""
@@ -165,6 +170,21 @@ def steps_and_guidance(
     steps = args.steps or recommended(recommends, "solver_steps", 20, f"{settings}")
     guidance = recommended(recommends, "guidance", 7.5, f"{settings}")
     return steps, args.guidance or recommended(header, "guidance", guidance, f"{ckpt}")
+
+
+def settle(args: argparse.Namespace, recommends: dict, settings: Path) -> None:
+    """Fill in what train.py's flags left open: what the base recommends in its file `settings`, else the paper's value.
+
+    Says which is which. Raises ValueError, naming the file, for a number that cannot be used.
+    """
+    for name, value in PAPER.items():
+        source = "command line"
+        if getattr(args, name) is None:
+            key, value = ("lora_lr", LORA_LR) if name == "lr" and args.lora_rank else (name, value)
+            source = "this base's recommendation" if key in recommends else OURS.get(key, "the paper")
+            setattr(args, name, recommended(recommends, key, value, f"{settings}"))
+        if name != "class_images" or args.method != "rpo":
+            print(f"  {name:18} {getattr(args, name):<8g} {source}")
 
 
 def check_writable(path: Path, size: int = 0) -> None:

@@ -42,11 +42,6 @@ from reward import MEANS, Reward
 from rpo import RPO, denoising_loss, preference_label, preference_probability
 from subject import Subject, load_photos, load_subject
 
-# The paper's settings (table 4), and our own solver steps. A base's rpo.json may recommend others; flags win.
-PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "class_images": 200, "solver_steps": 20}
-LORA_LR = 1e-4
-OURS = {"lora_lr": "usual for LoRA", "solver_steps": "our default", "class_images": "DreamBooth's"}
-
 
 def generator(seed: int, *position: int) -> torch.Generator:
     """The source of every draw at one place of the run, such as (seed, step): a resumed run draws the same."""
@@ -238,19 +233,6 @@ def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Genera
     return mean + std * torch.randn(mean.shape, generator=draws).to(mean.device)
 
 
-def settle(args: argparse.Namespace, recommended: dict) -> None:
-    """Fill in what the command line left open: the base's recommendation, else the paper's. Say which is which."""
-    for name, paper in PAPER.items():
-        source = "command line"
-        if getattr(args, name) is None:
-            key, paper = ("lora_lr", LORA_LR) if name == "lr" and args.lora_rank else (name, paper)
-            source = OURS.get(key, "the paper")
-            source = "this base's recommendation" if key in recommended else source
-            setattr(args, name, cli.recommended(recommended, key, paper, f"{home_of(args.base) / 'rpo.json'}"))
-        if name != "class_images" or args.method != "rpo":
-            print(f"  {name:18} {getattr(args, name):<8g} {source}")
-
-
 def run(args: argparse.Namespace) -> int:
     device = cli.device(args.device)
     args.precision = engine.precision(args.precision, device)
@@ -267,7 +249,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = f"prompts of {'living subjects' if subject.live else 'things'}"
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
     rpo_json = home_of(args.base) / "rpo.json"
-    settle(args, read_json(rpo_json) if rpo_json.is_file() else {})
+    cli.settle(args, read_json(rpo_json) if rpo_json.is_file() else {}, rpo_json)
     short = engine.tell_memory(args, device)
     sd = StableDiffusion.from_pretrained(args.base, device, args.variant, args.prediction_type)
     sd.precision = PRECISIONS[args.precision]
@@ -276,6 +258,8 @@ def run(args: argparse.Namespace) -> int:
     parameters = sum(p.numel() for p in sd.unet.parameters())
     print(f"base {cli.base_name(args.base)} on {device}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
+    if args.solver_steps > (most := len(sd.scheduler.alphas_cumprod)):
+        raise ValueError(f"--solver-steps must be between 1 and {most}, not {args.solver_steps}")
     if not args.lora_rank:
         # Checkpoint and state (fp32, with AdamW's two averages), and the new state beside the old while it is written.
         cli.check_writable(args.ckpt, 28 * parameters)
@@ -304,13 +288,13 @@ def flags() -> cli.Parser:
     """The command line. Its defaults are the paper's; None is settled by the base's recommendation or the paper."""
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
-    add("--subject", type=Path, required=True, help="a folder with 4 to 6 photos of the subject")
+    add("--subject", type=cli.path, required=True, help="a folder with 4 to 6 photos of the subject")
     add("--noun", help="what it is, such as dog (default: from the folder's name)")
     add("--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: from the noun)")
     add("--token", default="[V]", help="the unique token (default: %(default)s)")
     cli.add_base_flags(parser, cli.EMBEDDED_BASE, "the embedded one")
-    add("--align", type=Path, help="the folder of the reward's ALIGN (default: reward/ in the base's folder)")
-    add("--ckpt", type=Path, default=Path("best.safetensors"), help="the result (default: %(default)s)")
+    add("--align", type=cli.path, help="the folder of the reward's ALIGN (default: reward/ in the base's folder)")
+    add("--ckpt", type=cli.path, default=Path("best.safetensors"), help="the result (default: %(default)s)")
     add("--steps", type=cli.count, default=400, help="gradient steps (default: %(default)s, the paper's)")
     add("--batch", type=cli.count, help="pairs a step (the paper: 1)")
     add("--lr", type=cli.positive, help="learning rate (the paper: 5e-6)")

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 
+import cli
 import train
 from benchmarks import common
 
@@ -96,7 +97,7 @@ def whole(
         counts = {"negatives": len(trainer.drawn_context), "training": phases.calls["training"]}
         counts |= {"validation": images * phases.calls["validation"]}
         seconds = {name: phases.seconds[name] for name in PHASES}
-        settings = {name: getattr(args, name) for name in train.PAPER}
+        settings = {name: getattr(args, name) for name in cli.PAPER}
         result = {"seconds": seconds, "counts": counts, "peak": peak, "peak_of": what, "settings": settings}
         each = work(trainer)
         return result | {"flop": {name: count * each[name] for name, count in counts.items()}}

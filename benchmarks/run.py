@@ -122,7 +122,7 @@ def trainer_of(sd, base: Path, folder: Path, flags: list[str]) -> train.Trainer:
 
     sd.encode_images = posterior
     with contextlib.redirect_stdout(io.StringIO()):
-        train.settle(args, sd.recommended)
+        cli.settle(args, sd.recommended, base / "rpo.json")
     trainer = train.Trainer(args, load_subject(DOG), sd, ALIGN.from_pretrained(args.align).to(sd.device))
     trainer.draw = lambda prompts, *_, **__: [picture] * len(prompts)
     trainer.prepare()

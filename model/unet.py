@@ -132,7 +132,7 @@ class UNet(nn.Module):
                 f"{path} is of SDXL, which is not supported (addition_embed_type = 'text_time')"
             )
         weights.refuse(values, FIXED, path)
-        return weights.load(cls, weights.config_from(UNetConfig, values), folder, dtype, variant=variant)
+        return weights.load(cls, weights.config_from(UNetConfig, values, path), folder, dtype, variant=variant)
 
     def checkpoint_gradients(self) -> None:
         """From now on keep only the inputs of resnets and transformers for backward(), which computes the rest again.

@@ -508,7 +508,7 @@ def test_config_that_cannot_be():
     refused(lambda: weights.config_from(Config, {"heads": 0}), "Config")
 
 
-@pytest.mark.parametrize("network", [VAE, CLIPTextEncoder, CLIP, DINO, ALIGN, Scheduler])
+@pytest.mark.parametrize("network", [UNet, VAE, CLIPTextEncoder, CLIP, DINO, ALIGN, Scheduler])
 def test_a_wrong_config_is_named(network, tmp_path):
     """Some have several, and a base has one for each of its parts."""
     values = {"hidden_size": "x", "block_out_channels": ["x"], "projection_dim": "x", "beta_start": "x"}
