@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import cli
+import engine
 from model.stable_diffusion import StableDiffusion
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -58,6 +59,22 @@ def peak_memory(device: torch.device) -> tuple[str, int]:
     if device.type == "cuda":
         return "allocated on the GPU", torch.cuda.max_memory_allocated(device)
     return "resident", peak()
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` count from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # as proc(5) has it
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free; on a CPU those that a program can have before the system swaps."""
+    if device.type == "cuda":
+        return engine.free_memory(device)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def alone(function, *arguments):

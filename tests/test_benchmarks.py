@@ -1,15 +1,17 @@
 """benchmarks/: what is compared is the same, the ratio says who is faster, every part runs; on a tiny random base."""
 
+import shutil
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
 from PIL import Image
 from test_evaluate import write_metrics
-from tiny import call, write_base, write_photos
+from tiny import call, error_line, write_base, write_photos
 
 import train
-from benchmarks import common, dreambooth_peer, phases, release, run
+from benchmarks import common, dreambooth_peer, memory, phases, release, run
 from model.align import ALIGN
 from model.stable_diffusion import StableDiffusion
 from model.tokenizer import BertTokenizer
@@ -255,3 +257,74 @@ def test_the_spread_decides():
     assert dreambooth_peer.within_the_spread([0.50, 0.52, 0.54], [0.51, 0.53, 0.55])
     assert not dreambooth_peer.within_the_spread([0.50, 0.51, 0.52], [0.60, 0.61, 0.62])
     assert not dreambooth_peer.within_the_spread([0.5], [0.5])
+
+
+def test_the_peak_of_memory_counts_from_where_it_is_told_to():
+    size = 200_000_000
+    torch.ones(size, dtype=torch.uint8)  # and given back
+    before = common.peak()
+    common.forget_peak(CPU)
+    low = common.peak()
+    assert low < before - 0.9 * size
+    torch.ones(size // 2, dtype=torch.uint8)
+    assert 0.4 * size < common.peak_memory(CPU)[1] - low < 0.9 * size
+
+
+@pytest.fixture
+def small(base, tmp_path, monkeypatch):
+    """The benchmark of memory at tiny size, in this process."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(common, "alone", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(common, "write_sd15", lambda folder: shutil.copytree(base, folder, dirs_exist_ok=True))
+    monkeypatch.setattr(memory, "ALIGN", torch.nn.Identity)  # not the public one, which is large
+    monkeypatch.setattr(memory, "write_part", lambda *_: None)
+
+
+def rows_of(text):
+    """The cells of the table's lines, without its head."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")][2:]
+
+
+def test_the_memory_of_one_step_is_measured_in_each_mode(small, monkeypatch, capsys):
+    seen, inner, forget = [], train.Trainer.step, common.forget_peak
+
+    def step(trainer, number):
+        side, args = trainer.ref_posterior[0].shape[-1], trainer.args
+        averages = len(trainer.optimizer.state) == len(list(trainer.learned.parameters()))
+        free = all(parameter.grad is None for parameter in trainer.learned.parameters())
+        seen.append((side, args.batch, args.lora_rank, args.checkpoint_gradients, averages, free))
+        return inner(trainer, number)
+
+    monkeypatch.setattr(train.Trainer, "step", step)
+    monkeypatch.setattr(common, "forget_peak", lambda device: (seen.append("forget"), forget(device)))
+    assert call(memory, monkeypatch, "--device", "cpu", "--side", 128, "--write") == 0
+    modes = [(16, True), (16, False), (None, True), (None, False)]
+    assert seen == [one for mode in modes for one in ("forget", (16, 1, *mode, True, True))]
+    printed = capsys.readouterr().out
+    rows = rows_of(printed)
+    assert [row[-1] for row in rows] == ["at most 6", "at most 10", "", "at most 18"]
+    assert rows[0][1] == rows[1][1] != rows[2][1] == rows[3][1] and all(row[1].endswith(" M") for row in rows)
+    assert all(float(row[2]) >= 0 and float(row[3]) >= 0 for row in rows)
+    assert "resident" in printed and printed.strip() in common.RESULTS.read_text()
+
+
+def test_a_mode_without_the_memory_is_left_out_and_the_next_is_tried(small, monkeypatch, capsys):
+    asked = []
+
+    def alone(function, *arguments):
+        if function is memory.write_base:
+            return function(*arguments)
+        asked.append(arguments)
+        raise BrokenProcessPool("killed")
+
+    monkeypatch.setattr(common, "alone", alone)
+    monkeypatch.setattr(common, "free_memory", lambda device: 1000 if asked else 10**12)
+    assert call(memory, monkeypatch, "--device", "cpu", "--side", 64, "--modes", "full", "lora") == 0
+    full, lora = rows_of(capsys.readouterr().out)
+    assert len(asked) == 1 and full[3] == "the memory did not suffice" and lora[3] == "left out: 0.0 GB are free"
+
+
+@pytest.mark.parametrize("flags", [("--side", 100), ("--modes", "half"), ("--device", "none")])
+def test_memory_of_what_there_is_not_is_one_line(flags, small, monkeypatch, capsys):
+    assert call(memory, monkeypatch, "--device", "cpu", *flags) == 2
+    assert error_line(capsys)
