@@ -32,6 +32,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import cli
 import train
 from metrics import Metrics
 from model.stable_diffusion import StableDiffusion
@@ -149,9 +150,10 @@ class Bench:
     def subject(self, name: str) -> Subject:
         kind, index = name.rsplit("-", 1)
         folder = self.out / "photos" / name
-        folder.mkdir(parents=True, exist_ok=True)
         for i, photo in enumerate(world.photos_of(kind, int(index))):
-            photo.save(folder / f"{i:02d}.png")
+            path = folder / f"{i:02d}.png"
+            if not path.exists():  # another process may be reading it
+                cli.write_whole(path, lambda beside, photo=photo: photo.save(beside, "PNG"))
         subject = load_subject(folder, kind, world.is_live(kind))
         photos = load_photos(subject, self.sd.image_size)
         folders = (WEIGHTS / "metrics" / "clip", WEIGHTS / "metrics" / "dino", WEIGHTS / "reward")
