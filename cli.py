@@ -44,7 +44,8 @@ def fail(message: object) -> int:
 
 def memory_is_full(error: BaseException) -> bool:
     """Is it that? On a GPU torch has a kind of error for it, on the CPU only words."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in words)
 
 
 def count(text: str) -> int:

@@ -20,7 +20,7 @@ from model.lora import PROJECTION
 from model.single_file import read_single_file
 from model.stable_diffusion import PRECISIONS, StableDiffusion
 from model.unet import ResNet, Transformer, UNet, UNetConfig
-from model.weights import config_from, find_weights, read_json, read_tensors
+from model.weights import config_from, find_weights, read_json, read_tensors, told
 
 # Bytes that backward() needs for each number of a layer's input and output, in fp32 and in half precision: counted in
 # ResNet and Transformer, where autocast keeps the norms, and so their inputs and the SiLU's, in fp32.
@@ -48,9 +48,9 @@ def round_frozen(network: nn.Module, dtype: torch.dtype) -> None:
     """
     for layer in network.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            for parameter in layer.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
+            for name, parameter in [*layer.named_parameters(recurse=False)]:
+                if not parameter.requires_grad:  # a new one: another network may share the old
+                    setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
 def prepare_networks(args: argparse.Namespace, sd: StableDiffusion, unet: UNet, base_unet: UNet) -> None:
@@ -128,26 +128,31 @@ def estimate(
         peak = max(peak, step)
     trained = sum(learned) if lora_rank else weights
     largest = max(parameter.numel() for parameter in unet.parameters()) * (2 if half else 4)
-    return {
+    parts = {
         "weights": weights * (2 if half else 4) + 4 * trained,  # θ₀, which LoRA shares, and θ
         "AdamW": 8 * trained,
         "other networks": 4 * others,
-        "a step": peak + (widest if checkpointed else 0) + COPIES * largest,
     }
+    # All is loaded in fp32, and θ copied, before θ₀ is rounded: that may take more than a small step.
+    loading = weights * (4 if lora_rank else 8) + 4 * others
+    step = peak + (widest if checkpointed else 0) + COPIES * largest
+    return parts | {"a step": max(step, loading - sum(parts.values()))}
 
 
 def estimate_of(args: argparse.Namespace) -> dict[str, int]:
     """`estimate` for train.py's flags. Files are mapped, not read. Raises CheckpointError as loading does."""
     if args.base.is_file():
-        parts = read_single_file(args.base)
+        parts = read_single_file(args.base, args.prediction_type)
         values, others = parts["unet"][0], [parts[name][1] for name in ("vae", "text_encoder")]
     else:
         values = read_json(args.base / "unet" / "config.json")
         others = [read_tensors(find_weights(args.base / name, args.variant)) for name in ("vae", "text_encoder")]
     others.append(read_tensors(find_weights(args.align)))
-    config, others = config_from(UNetConfig, values), sum(each.numel() for part in others for each in part.values())
+    source = args.base if args.base.is_file() else args.base / "unet" / "config.json"
+    config, others = config_from(UNetConfig, values, source), sum(e.numel() for part in others for e in part.values())
     modes = args.precision, args.lora_rank, args.checkpoint_gradients
-    return estimate(config, others, config.sample_size, args.batch, *modes)
+    with told(f"the configuration of {source} describes no possible network"):
+        return estimate(config, others, config.sample_size, args.batch, *modes)
 
 
 def free_memory(device: torch.device) -> float:

@@ -309,7 +309,7 @@ def flags() -> cli.Parser:
     add("--method", choices=("rpo", "dreambooth", "dpg"), default="rpo", help="(default: %(default)s)")
     add("--images-per-prompt", type=cli.count, help="negatives, and validation images, a prompt (the paper: 4)")
     add("--guidance", type=cli.positive, help="classifier-free guidance when drawing (the paper: 7.5)")
-    add("--solver-steps", type=cli.count, help="DPM-Solver++ steps when drawing (default: 20)")
+    add("--solver-steps", type=cli.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
     add("--validate-every", type=cli.count, default=40, help="gradient steps (default: %(default)s, the paper's)")
     add("--lambda-val", type=cli.fraction, default=0.3, help="λ of the validation (default: %(default)s, the paper's)")
     paper = "(default: %(default)s, the paper's)"

@@ -42,6 +42,14 @@ def machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
+def device(name: str | None) -> torch.device:
+    """cli.device, of the kinds that can be measured here. Raises ValueError for another."""
+    device = cli.device(name)
+    if device.type not in MOST_DIFFERENCE or not Path("/proc/self/status").exists():
+        raise ValueError("what can be measured is --device cpu or cuda, on Linux")
+    return device
+
+
 def resident() -> int:
     """Bytes that this process has in memory now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])

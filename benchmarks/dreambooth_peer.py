@@ -198,7 +198,7 @@ def main() -> int:
     more = ["--class-images", "4", "--solver-steps", "2", "--images-per-prompt", "1"] if args.quick else []
     steps, images = (4, 1) if args.quick else (args.steps, args.images)
     try:
-        device = cli.device(args.device)
+        device = common.device(args.device)
         report = common.Report("benchmarks.dreambooth_peer" + (" --quick" if args.quick else ""), device)
         rows, seconds = compare(cli.EMBEDDED_BASE, phases.DOG, device, args.seeds, steps, images, more)
         tables(report, rows, seconds)

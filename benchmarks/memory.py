@@ -104,9 +104,9 @@ def main() -> int:
     add("--write", action="store_true", help=f"put the table into {common.RESULTS.name}, in this machine's section")
     args = parser.parse_args()
     try:
-        device = cli.device(args.device)
-        if device.type not in COUNTED or args.side % 64:
-            raise ValueError("--device must be cpu or cuda, and --side a multiple of 64")
+        device = common.device(args.device)
+        if args.side % 64:
+            raise ValueError(f"--side must be a multiple of 64, not {args.side}")
         precision = engine.precision(args.precision, device)
         report = common.Report(f"benchmarks.memory --side {args.side} --precision {precision}", device)
         report(f"One pair of {args.side} px in {precision}. Measured are {COUNTED[device.type]}\n\n{HEAD}")

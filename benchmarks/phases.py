@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 import cli
+import engine
 import train
 from benchmarks import common
 
@@ -99,7 +100,8 @@ def whole(
         seconds = {name: phases.seconds[name] for name in PHASES}
         settings = {name: getattr(args, name) for name in cli.PAPER}
         result = {"seconds": seconds, "counts": counts, "peak": peak, "peak_of": what, "settings": settings}
-        each = work(trainer)
+        with engine.visiting(trainer.away, trainer.sd.device):
+            each = work(trainer)
         return result | {"flop": {name: count * each[name] for name, count in counts.items()}}
 
 

@@ -193,7 +193,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        device, subject = cli.device(args.device), load_subject(phases.DOG)
+        device, subject = common.device(args.device), load_subject(phases.DOG)
         report = common.Report("benchmarks.release" + (" --quick" if args.quick else ""), device)
         flags = QUICK if args.quick else ("--steps", str(args.steps))
         result = common.alone(phases.whole, cli.EMBEDDED_BASE, str(device), flags, torch.get_num_threads())

@@ -145,6 +145,7 @@ def training_rows(pair: Pair, base: Path, flags: list[str], repeats: int) -> lis
             seconds = alternate(lambda a=ours: a.step(1), lambda b=theirs: b.step(1), repeats, pair.device)
             side = ours.ref_posterior[0].shape[-1]
             rows.append(row(f"training step, {kind}, pairs: {ours.args.batch} x {side}x{side}, {name}", *seconds))
+            del ours, theirs, mine, other  # lest two layouts' networks are held at once
     return rows
 
 
@@ -185,6 +186,8 @@ def by_phase(report: Report, size: str, base: Path, device: torch.device, quick:
         report("Left out on a CPU, where it would take days.")
         return
     flags = [*flags, *(SHORT if quick else ())]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the run is another process's
     result = common.alone(whole, base, str(device), flags, torch.get_num_threads())
     name, peak = matmul_peak(device, quick)
     for line in whole_rows(result, peak):
@@ -211,7 +214,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        device = cli.device(args.device)
+        device = common.device(args.device)
         report = Report("benchmarks.run" + (" --quick" if args.quick else ""), device)
         for size in ("toy", "sd15") if args.size == "both" else (args.size,):
             with tempfile.TemporaryDirectory(prefix="benchmark_", dir=args.folder) as folder:

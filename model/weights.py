@@ -68,7 +68,7 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def _told(what: str):
+def told(what: str):
     """Whatever the libraries raise over a broken file or an impossible number becomes a CheckpointError."""
     try:
         yield
@@ -107,7 +107,7 @@ def config_from(cls: type[Config], values: dict, source: Path | None = None) -> 
     for name, value in known.items():
         if not _fits(value, hints[name]):
             raise CheckpointError(f"{cls.__name__}: {name} is {value!r} and should be {fields[name].type}")
-    with _told(f"{cls.__name__} has values that do not go together"):
+    with told(f"{cls.__name__} has values that do not go together"):
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
@@ -140,7 +140,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
     With no `variant` the plain file, or, if there is none, the only variant. Raises CheckpointError if there is none,
     if there are several and none was asked for, or if the one asked for is not there: it says what is.
     """
-    with _told(f"{folder} is no checkpoint folder"):
+    with told(f"{folder} is no checkpoint folder"):
         names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
     found: dict[str, dict[str | None, Path]] = {"safetensors": {}, "bin": {}}  # by kind and variant
     for index in (False, True):
@@ -181,7 +181,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         if Path(name).name != name or "\\" in name or not name.endswith((".safetensors", ".bin")):
             raise CheckpointError(f"{index} names {name!r}, which is no weight file in its own folder")
         shard = index.with_name(name)
-        with _told(f"{index} names {name!r}"):  # such as a name too long to be one
+        with told(f"{index} names {name!r}"):  # such as a name too long to be one
             if not shard.is_file():
                 raise CheckpointError(f"{index} names {name}, which is missing")
         read = read_tensors(shard)
@@ -223,14 +223,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 @contextmanager
 def _opened(path: Path):
     _require_file(Path(path))
-    with _told(f"{path} is not a whole safetensors file"), safe_open(path, framework="pt") as file:
+    with told(f"{path} is not a whole safetensors file"), safe_open(path, framework="pt") as file:
         yield file
 
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, or is no file")
-    with _told(f"{path} cannot be read"), open(path, "rb") as file:
+    with told(f"{path} cannot be read"), open(path, "rb") as file:
         if file.read(23) == b"version https://git-lfs":
             raise CheckpointError(f"{path} is not a whole weight file but Git LFS's note of one: run `git lfs pull`")
 
@@ -279,7 +279,7 @@ def load_tensors(
         if kind and kind != what_is(expected):
             problems.insert(0, f"is {kind}")
         raise CheckpointError(f"{source} does not fit {type(network).__name__}: it {'; it '.join(problems)}")
-    with _told(f"{source} does not fit {type(network).__name__}"):  # such as a type that cannot be cast
+    with told(f"{source} does not fit {type(network).__name__}"):  # such as a type that cannot be cast
         # Whole numbers are few: copied, they do not keep a file in memory whose every other tensor has been cast.
         cast = {name: each.to(dtype) if each.is_floating_point() else each.clone() for name, each in tensors.items()}
         network.load_state_dict(cast, strict=True, assign=True)
@@ -323,7 +323,7 @@ def build(
     Raises CheckpointError as `load_tensors` does, or if no network has that config.
     """
     # On the meta device: no second copy in memory.
-    with _told(f"the configuration of {source} describes no possible network"), torch.device("meta"), _Unfilled():
+    with told(f"the configuration of {source} describes no possible network"), torch.device("meta"), _Unfilled():
         network = network_class(config)
     load_tensors(network, tensors, source, dtype, rename)
     return network.eval().requires_grad_(False)

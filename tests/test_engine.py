@@ -4,10 +4,11 @@ import argparse
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import UNET, call, error_line, write_base, write_photos
 from torch import nn
 
@@ -17,7 +18,8 @@ import train
 from model.lora import add_lora, lora_of, without_lora
 from model.stable_diffusion import StableDiffusion
 from model.unet import UNet, UNetConfig
-from model.weights import config_from
+from model.weights import CheckpointError, config_from
+from toy.networks import WEIGHTS
 
 QUICK = ("--steps", 2, "--validate-every", 1, "--solver-steps", 1, "--images-per-prompt", 1, "--lr", 1e-3)
 CPU = torch.device("cpu")
@@ -376,3 +378,46 @@ def test_flags_are_few():
     flags = [action for group in groups for action in group._group_actions if action.dest != "help"]
     assert method.title.startswith("the method") and len(method._group_actions) > 5
     assert 15 <= len(flags) <= 20
+
+
+def test_a_single_file_is_estimated_as_it_is_loaded(tmp_path):
+    """One that does not say what it predicts, so that the command line has to."""
+    StableDiffusion.from_pretrained(WEIGHTS).export(tmp_path / "told.safetensors", {})
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(tmp_path / "told.safetensors"), bare)  # without the header
+    common = {"align": WEIGHTS / "reward", "variant": None}
+    with pytest.raises(CheckpointError, match="what it predicts"):
+        engine.estimate_of(flags(base=bare, prediction_type=None, **common))
+    ours = engine.estimate_of(flags(base=bare, prediction_type="epsilon", **common))
+    assert ours["weights"] == engine.estimate_of(flags(base=WEIGHTS, prediction_type=None, **common))["weights"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("in_channels", -4), ("layers_per_block", -1), ("block_out_channels", "x"), ("down_block_types", ["Foo", "Foo"])],
+)
+def test_a_wrong_configuration_is_named_before_anything_is_loaded(world, run, tmp_path, capsys, name, value):
+    shutil.copytree(world / "base", tmp_path / "base")
+    path = tmp_path / "base" / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {name: value}), encoding="utf-8")
+    assert run("--base", tmp_path / "base") == 2
+    told = capsys.readouterr().err
+    assert str(path) in told and told.count("\n") == 1
+
+
+def test_rounding_leaves_another_network_with_the_same_weights_alone():
+    layer, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    other.weight, other.bias = layer.weight, layer.bias
+    engine.round_frozen(torch.nn.Sequential(layer).requires_grad_(False), torch.bfloat16)
+    assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
+    assert other.weight.dtype == other.bias.dtype == torch.float32
+
+
+def test_the_estimate_holds_the_load_in_fp32():
+    """Checkpointed LoRA needs less for a step in half precision than for its weights as they are read."""
+    config, others = UNetConfig(), 380_000_000
+    parts = engine.estimate(config, others, 64, 1, "bf16", 16, True)
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in UNet(config).parameters())
+    assert sum(parts.values()) == 4 * weights + 4 * others
+    assert sum(engine.estimate(config, others, 64, 1, "bf16", 16, False).values()) > 4 * weights + 4 * others

@@ -6,9 +6,10 @@
     python -m toy.bench --only rpo --subjects dog-1 --seeds 0 1 2      # data/dog: README's first table
 
 Every variant trains with train.py's own Trainer, from the same photos, for the same number of steps, with the base's
-recommended settings. Then the 25 test prompts are drawn with the kept weights, from the same noise, and scored by
-metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val, the mean, early stopping)
-uses one run's saved validations. Pictures that variants share, the negatives and the base's, are drawn once.
+recommended settings. Then the 25 test prompts are drawn with the kept weights, from the same noise, in 20 solver steps,
+and scored by metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val, the mean,
+early stopping) uses one run's saved validations. Pictures that variants share, the negatives and the base's, are drawn
+once.
 
 --out holds results.jsonl, a line a result; tables.md; and the figures. An interrupted benchmark goes on when it is
 started again. Two may fill one --out side by side, with other --subjects or --seeds. A line counts only for the
