@@ -8,6 +8,7 @@ import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
+from string import Template
 
 import pytest
 import test_train
@@ -215,12 +216,16 @@ def test_leaves_what_is_the_users_alone(run, world, tmp_path):
 # The command in the release's README stops with a TypeError. (.ci/run runs those of ours that take minutes.)
 
 
+SHELL = {"lambda": "0.3", "resume": "--resume"}  # variables of the job array; the others are paths
+
+
 def commands():
     """Every `python SCRIPT.py ...` of the README and of the scripts' own first lines: (script, its arguments)."""
     scripts = {module.__name__: module for module in (train, sample, evaluate)}
     texts = [(ROOT / "README.md").read_text(encoding="utf-8"), *(module.__doc__ for module in scripts.values())]
     lines = "\n".join(texts).replace("\\\n", " ")
     found = re.findall(rf"python ({'|'.join(scripts)})\.py((?: [^`\n&|]+)?)", lines)
+    found = [(name, Template(rest).safe_substitute(SHELL)) for name, rest in found]
     return [(scripts[name], shlex.split(rest, comments=True)) for name, rest in dict.fromkeys(found)]
 
 
