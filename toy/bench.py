@@ -12,7 +12,7 @@ early stopping) uses one run's saved validations. Pictures that variants share, 
 once.
 
 --out holds results.jsonl, a line a result; tables.md; and the figures. An interrupted benchmark goes on when it is
-started again. Two may fill one --out side by side, with other --subjects or --seeds. A line counts only for the
+started again. Two may fill one --out side by side, with other --only, --subjects or --seeds. A line counts only for the
 weights, steps and images that it was made with.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -182,7 +183,8 @@ class Bench:
 
     def run(self, subject: Subject, seed: int, name: str, options: list[str]) -> None:
         """Train one variant and score what it keeps, and what other choices among its validations would have kept."""
-        which, folder = {"subject": subject.folder.name, "seed": seed}, self.out / f"run-{subject.folder.name}-{seed}"
+        which = {"subject": subject.folder.name, "seed": seed}
+        folder = self.out / f"run-{subject.folder.name}-{seed}-{os.getpid()}"  # another process may run the same
         flags = ["--subject", subject.folder, "--noun", subject.noun, "--ckpt", folder / "best.safetensors"]
         flags += ["--live" if subject.live else "--no-live", "--seed", seed, "--steps", self.steps, *options]
         if "--keep-last" in options:  # nothing is chosen: one validation, at the end, will do
