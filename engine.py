@@ -79,8 +79,8 @@ def check_numbers(row: dict[str, float], step: int, scaled: bool = False) -> dic
         return row | {"gradient_norm": None}
     if "total" in wrong or "gradient_norm" in wrong:
         term = next((name for name in wrong if name != "total"), "total")
-        told = f"the loss is {row['total']} at step {step} ({term} is {row[term]})"
-        raise FloatingPointError(f"{told}: try a smaller --lr")
+        what = f"the loss is {row['total']} at step {step} ({term} is {row[term]})"
+        raise FloatingPointError(f"{what}: try a smaller --lr")
     return row
 
 

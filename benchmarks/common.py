@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import multiprocessing
 import os
@@ -248,3 +249,18 @@ class Report:
         kept = [section for section in sections if section.splitlines()[0] != heading]
         parts = [first.rstrip() + "\n", *(section.strip() + "\n" for section in (*kept, ours))]
         cli.write_whole(path, lambda beside: beside.write_text("\n## ".join(parts), encoding="utf-8"))
+
+
+def finish(measured: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> int:
+    """Measure, and write the report if --write says so; the command's exit status."""
+    try:
+        if getattr(args, "threads", None):
+            torch.set_num_threads(args.threads)
+        report = measured(args)
+        if args.write:
+            report.write()
+    except (ValueError, OSError, RuntimeError) as error:
+        return cli.fail(error)
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -15,6 +15,7 @@ Both results are drawn by us, DreamBench's 25 test prompts from the same noise, 
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -182,6 +183,18 @@ def compare(
     return rows, seconds
 
 
+def measured(args: argparse.Namespace) -> common.Report:
+    """Both trainings of each seed, scored."""
+    more = ["--class-images", "4", "--solver-steps", "2", "--images-per-prompt", "1"] if args.quick else []
+    steps, images = (4, 1) if args.quick else (args.steps, args.images)
+    device = common.device(args.device)
+    report = common.Report("benchmarks.dreambooth_peer" + (" --quick" if args.quick else ""), device)
+    rows, seconds = compare(cli.EMBEDDED_BASE, phases.DOG, device, args.seeds, steps, images, more)
+    tables(report, rows, seconds)
+    report(f"\n{steps} steps, {images} picture(s) a test prompt. Python's own start is not counted.")
+    return report
+
+
 def main() -> int:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
@@ -193,23 +206,7 @@ def main() -> int:
     add("--threads", type=cli.count, help="of a CPU (default: as many as torch takes)")
     add("--write", action="store_true", help=f"put the tables into {common.RESULTS.name}, in this machine's section")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    more = ["--class-images", "4", "--solver-steps", "2", "--images-per-prompt", "1"] if args.quick else []
-    steps, images = (4, 1) if args.quick else (args.steps, args.images)
-    try:
-        device = common.device(args.device)
-        report = common.Report("benchmarks.dreambooth_peer" + (" --quick" if args.quick else ""), device)
-        rows, seconds = compare(cli.EMBEDDED_BASE, phases.DOG, device, args.seeds, steps, images, more)
-        tables(report, rows, seconds)
-        report(f"\n{steps} steps, {images} picture(s) a test prompt. Python's own start is not counted.")
-        if args.write:
-            report.write()
-    except (ValueError, OSError, RuntimeError) as error:
-        return cli.fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return common.finish(measured, args)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ free is left out. The targets are for 512 px in bf16, train.py's precision on a 
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from concurrent.futures.process import BrokenProcessPool
@@ -94,6 +95,21 @@ def row(mode: str, base: Path, device: torch.device, precision: str) -> str:
     return f"| {start} | {trained / 1e6:.1f} M | {need / 1e9:.1f} | {step / 1e9:.1f}{also} | {target} |"
 
 
+def measured(args: argparse.Namespace) -> common.Report:
+    """A row a mode."""
+    device = common.device(args.device)
+    if args.side % 64:
+        raise ValueError(f"--side must be a multiple of 64, not {args.side}")
+    precision = engine.precision(args.precision, device)
+    report = common.Report(f"benchmarks.memory --side {args.side} --precision {precision}", device)
+    report(f"One pair of {args.side} px in {precision}. Measured are {COUNTED[device.type]}\n\n{HEAD}")
+    with tempfile.TemporaryDirectory(prefix="memory_", dir=args.folder) as folder:
+        base = common.alone(write_base, Path(folder), args.side)  # what it took is given back
+        for mode in args.modes:
+            report(row(mode, base, device, precision))
+    return report
+
+
 def main() -> int:
     parser = cli.Parser(description=__doc__)
     cli.add_machine_flags(parser)
@@ -103,24 +119,7 @@ def main() -> int:
     add("--folder", type=Path, help="for the temporary weights, 3 GB (default: the system's place)")
     add("--write", action="store_true", help=f"put the table into {common.RESULTS.name}, in this machine's section")
     args = parser.parse_args()
-    try:
-        device = common.device(args.device)
-        if args.side % 64:
-            raise ValueError(f"--side must be a multiple of 64, not {args.side}")
-        precision = engine.precision(args.precision, device)
-        report = common.Report(f"benchmarks.memory --side {args.side} --precision {precision}", device)
-        report(f"One pair of {args.side} px in {precision}. Measured are {COUNTED[device.type]}\n\n{HEAD}")
-        with tempfile.TemporaryDirectory(prefix="memory_", dir=args.folder) as folder:
-            base = common.alone(write_base, Path(folder), args.side)  # what it took is given back
-            for mode in args.modes:
-                report(row(mode, base, device, precision))
-        if args.write:
-            report.write()
-    except (ValueError, OSError, RuntimeError) as error:
-        return cli.fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return common.finish(measured, args)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ seconds are those of a real run of train.py in a process of its own. Both withou
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import sys
@@ -179,6 +180,23 @@ def ours(result: dict, times: dict[str, int]) -> float:
     return sum(value * wanted.get(name, 1) / done.get(name, 1) for name, value in seconds.items())
 
 
+def measured(args: argparse.Namespace) -> common.Report:
+    """The pieces, both totals and the ratio."""
+    device, subject = common.device(args.device), load_subject(phases.DOG)
+    report = common.Report("benchmarks.release" + (" --quick" if args.quick else ""), device)
+    flags = QUICK if args.quick else ("--steps", str(args.steps))
+    result = common.alone(phases.whole, cli.EMBEDDED_BASE, str(device), flags, torch.get_num_threads())
+    validations = -(-args.steps // 40) + 1  # train.py's own, with the base's
+    same = job(8, 4, 4, args.steps, validations)
+    released = same | {"negative": 8 * NEGATIVES_A_PROMPT}
+    times = same if args.full else {name: min(1 if args.quick else args.samples, n) for name, n in same.items()}
+    common.libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        pieces = measure(Release(cli.EMBEDDED_BASE, subject, Path(folder), result["settings"], device), times)
+    table(report, pieces, same, released, result)
+    return report
+
+
 def main() -> int:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
@@ -190,28 +208,7 @@ def main() -> int:
     add("--threads", type=cli.count, help="of a CPU (default: as many as torch takes)")
     add("--write", action="store_true", help=f"put the table into {common.RESULTS.name}, in this machine's section")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        device, subject = common.device(args.device), load_subject(phases.DOG)
-        report = common.Report("benchmarks.release" + (" --quick" if args.quick else ""), device)
-        flags = QUICK if args.quick else ("--steps", str(args.steps))
-        result = common.alone(phases.whole, cli.EMBEDDED_BASE, str(device), flags, torch.get_num_threads())
-        validations = -(-args.steps // 40) + 1  # train.py's own, with the base's
-        same = job(8, 4, 4, args.steps, validations)
-        released = same | {"negative": 8 * NEGATIVES_A_PROMPT}
-        times = same if args.full else {name: min(1 if args.quick else args.samples, n) for name, n in same.items()}
-        common.libraries()
-        with tempfile.TemporaryDirectory() as folder:
-            pieces = measure(Release(cli.EMBEDDED_BASE, subject, Path(folder), result["settings"], device), times)
-        table(report, pieces, same, released, result)
-        if args.write:
-            report.write()
-    except (ValueError, OSError, RuntimeError) as error:
-        return cli.fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return common.finish(measured, args)
 
 
 def table(report: Callable, pieces: dict, same: dict, released: dict, result: dict) -> None:

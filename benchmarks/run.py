@@ -16,6 +16,7 @@ out, since it would take days. ALIGN is weights/toy's at either size. On a GPU a
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import io
@@ -199,6 +200,20 @@ def by_phase(report: Report, size: str, base: Path, device: torch.device, quick:
     report(f"Peak memory, {result['peak_of']}: {result['peak'] / 1e6:.0f} MB.")
 
 
+def measured(args: argparse.Namespace) -> Report:
+    """All tables that are asked for."""
+    device = common.device(args.device)
+    report = Report("benchmarks.run" + (" --quick" if args.quick else ""), device)
+    for size in ("toy", "sd15") if args.size == "both" else (args.size,):
+        with tempfile.TemporaryDirectory(prefix="benchmark_", dir=args.folder) as folder:
+            base = cli.EMBEDDED_BASE if size == "toy" else common.write_sd15(Path(folder))
+            if set(args.only) - {"whole"}:
+                beside(report, size, base, device, args.quick, args.only)
+            if "whole" in args.only:
+                by_phase(report, size, base, device, args.quick, shlex.split(args.train))
+    return report
+
+
 def main() -> int:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
@@ -211,25 +226,7 @@ def main() -> int:
     add("--folder", type=Path, help="for the temporary weights of SD 1.5's size, 2 GB (default: the system's place)")
     add("--train", default="", metavar="FLAGS", help='for the whole run, such as --train="--lora-rank 16"')
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        device = common.device(args.device)
-        report = Report("benchmarks.run" + (" --quick" if args.quick else ""), device)
-        for size in ("toy", "sd15") if args.size == "both" else (args.size,):
-            with tempfile.TemporaryDirectory(prefix="benchmark_", dir=args.folder) as folder:
-                base = cli.EMBEDDED_BASE if size == "toy" else common.write_sd15(Path(folder))
-                if set(args.only) - {"whole"}:
-                    beside(report, size, base, device, args.quick, args.only)
-                if "whole" in args.only:
-                    by_phase(report, size, base, device, args.quick, shlex.split(args.train))
-        if args.write:
-            report.write()
-    except (ValueError, OSError, RuntimeError) as error:
-        return cli.fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return common.finish(measured, args)
 
 
 if __name__ == "__main__":
