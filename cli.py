@@ -103,7 +103,10 @@ def device(name: str | None) -> torch.device:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+    chosen = torch.device(name)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # whoever asks what "the GPU" can do means this one
+    return chosen
 
 
 def add_base_flags(parser: argparse.ArgumentParser, default: Path | None, what: str) -> None:

@@ -258,6 +258,8 @@ def run(args: argparse.Namespace) -> int:
     parameters = sum(p.numel() for p in sd.unet.parameters())
     print(f"base {cli.base_name(args.base)} on {device}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
+    if any(map(sd.tokenizer.overflow, [subject.instance_prompt, *subject.training_prompts])):
+        print(f"warning: prompts exceed {sd.tokenizer.length} tokens and are cut: give a shorter --token or --noun")
     if args.solver_steps > (most := len(sd.scheduler.alphas_cumprod)):
         raise ValueError(f"--solver-steps must be between 1 and {most}, not {args.solver_steps}")
     if not args.lora_rank:

@@ -227,7 +227,7 @@ class StableDiffusion:
         Every picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, whatever the batch
         size (default: `drawing_batch`) and the device. `latents` (B, 4, h, w): the initial noise instead. `on_batch` is
         called with the number of pictures just finished.
-        Raises ValueError for an unknown sampler, a bad size or numbers that do not match.
+        Raises ValueError for an unknown sampler, a bad size or numbers that do not match, or if weights are not finite.
         """
         size = self.image_size if size is None else size
         if size < 1 or size % self.vae.downscale:
@@ -251,6 +251,8 @@ class StableDiffusion:
                     return self.predict(x, t, context, nothing, guidance).float()
 
             x_0 = self.scheduler.sample(denoise, noise, steps, sampler, generators)
+            if not x_0.isfinite().all():  # it would be a picture of one colour
+                raise ValueError("the U-Net's prediction is not finite: are its weights damaged? try --precision fp32")
             pictures += self.decode_latents(x_0)
             if on_batch:
                 on_batch(len(generators))

@@ -89,6 +89,14 @@ def test_device():
             cli.device(name)
 
 
+def test_device_makes_its_gpu_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    assert [cli.device(name) for name in ("cuda:1", "cuda", "cpu")] == [*map(torch.device, ("cuda:1", "cuda", "cpu"))]
+    assert chosen == [torch.device("cuda:1")]
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 

@@ -271,6 +271,16 @@ def test_bad_checkpoint_is_one_line(run, base, ckpt, tmp_path, tmp_path_factory,
     assert files_in(tmp_path) == []
 
 
+def test_weights_that_are_no_numbers_are_one_line(run, base, ckpt, tmp_path, tmp_path_factory, capsys):
+    tensors = load_file(ckpt)
+    tensors["conv_out.bias"][0] = float("nan")
+    path = tmp_path_factory.mktemp("spoilt") / "nan.safetensors"
+    save_file(tensors, path, {"base": str(base)})
+    assert run("--ckpt", path) == 2
+    assert "not finite" in error_line(capsys)
+    assert files_in(tmp_path) == []
+
+
 @pytest.mark.parametrize("kind", ["no base", "base gone"])
 def test_base_can_be_named_where_the_header_does_not_help(run, base, ckpt, tmp_path, kind):
     path = spoilt(kind, base, ckpt, tmp_path)

@@ -692,3 +692,10 @@ def test_as_a_command_of_its_own(world, tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("train.py: error: ")
     assert files_in(tmp_path) == []
+
+
+def test_a_token_that_leaves_no_room_for_the_prompt_is_told(run, capsys):
+    assert run("--token", "z" * 90, "--steps", 1) == 0
+    assert "give a shorter --token" in capsys.readouterr().out
+    assert run("--steps", 1) == 0
+    assert "warning" not in capsys.readouterr().out
