@@ -48,6 +48,14 @@ def test_no_table_of_one_variant_or_of_no_common_run(bench):
     bench.tables()
 
 
+def test_one_run_has_no_spread(bench):
+    note(bench, "RPO", "dog-2", 0, 0.5)
+    note(bench, "DreamBooth", "dog-2", 0, 0.25)
+    title, _, _, first, second, _ = bench.table("Methods", [("RPO", ""), ("DreamBooth", "")])
+    assert "one run each: dog-2" in title and "±" not in first + second
+    assert "| 0.500 |" in first and "| 0.250 (-0.250) |" in second
+
+
 def test_reserved_subjects_are_named():
     assert reserved("stuffed animal-3") == "stuffed animal-3"
     for name in ("dog", "dog-4", "dog--1", "wolf-0", "-0"):

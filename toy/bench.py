@@ -9,7 +9,7 @@ Every variant trains with train.py's own Trainer, from the same photos, for the 
 recommended settings. Then the 25 test prompts are drawn with the kept weights, from the same noise, in 20 solver steps,
 and scored by metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val, the mean,
 early stopping) uses one run's saved validations. Pictures that variants share, the negatives and the base's, are drawn
-once.
+once, and count for the seconds of each.
 
 --out holds results.jsonl, a line a result; tables.md; and the figures. An interrupted benchmark goes on when it is
 started again. Two may fill one --out side by side, with other --only, --subjects or --seeds. A line counts only for the
@@ -74,6 +74,15 @@ CHOICES = {
     "no early stopping": None,
 }
 SELECTED = {"RPO": CHOICES, "similarity only": {"no early stopping": None}}
+PUBLISHED = """\
+The authors' own, with Stable Diffusion 2.1 on DreamBench's 30 subjects (arXiv 2407.12164, not measured here):
+
+| | DINO | CLIP-I | CLIP-T |
+|---|---|---|---|
+| λ_val 0.3 | .581 | .798 | .329 |
+| λ_val 0.5 | .652 | .833 | .314 |
+| λ_val 0.7 | .679 | .850 | .304 |
+"""
 VALIDATED = {"λ-Harmonic": "reward", "ALIGN-I": "align_i", "ALIGN-T": "align_t"}  # on the validation's own prompts
 SCORES = {"DINO": "dino", "CLIP-I": "clip_i", "CLIP-T": "clip_t"}  # on the test prompts
 LOGGED = {"P": "p", "share of y = 1": "label", "Δ": "margin", "mean \\|Δ\\|": "|margin|", "agreement": "accuracy"}
@@ -83,21 +92,24 @@ FIGURE_PROMPTS = 6
 class Watched(train.Trainer):
     """A Trainer that keeps what its validations scored and weighed, and draws nothing that θ₀ has drawn before."""
 
-    shared: ClassVar[dict[tuple, list[Image.Image]]] = {}  # θ₀'s pictures for one subject and seed
+    shared: ClassVar[dict[tuple, tuple[list[Image.Image], float]]] = {}  # θ₀'s pictures, and the seconds they took
     folder: Path | None = None  # where the validations' weights go
     last: Watched
 
     def __init__(self, *parts):
         super().__init__(*parts)
-        Watched.last, self.scored = self, {}
+        Watched.last, self.scored, self.spared = self, {}, 0.0
 
     def draw(self, prompts, seed, text):
         if self.sd.unet is self.unet and self.record.history:  # θ, after the first step
             return super().draw(prompts, seed, text)
         key = (tuple(prompts), seed)
-        if key not in self.shared:
-            self.shared[key] = super().draw(prompts, seed, text)
-        return self.shared[key]
+        if key in self.shared:
+            self.spared += self.shared[key][1]  # a run of its own would have taken them too
+        else:
+            start = time.time()
+            self.shared[key] = super().draw(prompts, seed, text), time.time() - start
+        return self.shared[key][0]
 
     def validate(self, step):
         super().validate(step)
@@ -194,7 +206,8 @@ class Bench:
         start, train.Trainer = time.time(), Watched
         if status := train.run(train.flags().parse_args(list(map(str, flags)))):
             sys.exit(status)
-        seconds, trainer, scores = time.time() - start, Watched.last, {}
+        trainer, scores = Watched.last, {}
+        seconds = time.time() - start + trainer.spared
         if not self.rows(variant="base", **which):
             tested = self.score(subject, seed, self.base, "base")
             self.note(variant="base", choice="", **which, step=0, seconds=0.0, **trainer.validated(0), **tested)
@@ -235,7 +248,8 @@ class Bench:
         results = {variant: found for variant, found in results.items() if found}
         if len(results) < 2 or not (runs := sorted(set.intersection(*map(set, results.values())))):
             return
-        yield f"**{title}** ({len(runs)} runs each: {', '.join(dict.fromkeys(subject for subject, _ in runs))})\n"
+        count = "one run each" if len(runs) == 1 else f"{len(runs)} runs each"
+        yield f"**{title}** ({count}: {', '.join(dict.fromkeys(subject for subject, _ in runs))})\n"
         names = [*VALIDATED, *SCORES]
         yield "| | " + " | ".join(names) + " | kept step | seconds |"
         yield "|---|" + "---|" * (len(names) + 2)
@@ -243,11 +257,10 @@ class Bench:
         for (variant, choice), found in results.items():
             cells = []
             for score in names:
-                values = [found[run][score] for run in runs]
-                cells.append(f"{statistics.mean(values):.3f} ± {spread(values):.3f}")
+                cells.append(spread([found[run][score] for run in runs]))
                 if found is not first:
                     gains = [found[run][score] - first[run][score] for run in runs]
-                    cells[-1] += f" ({statistics.mean(gains):+.3f} ± {spread(gains) / len(gains) ** 0.5:.3f})"
+                    cells[-1] += f" ({spread(gains, of_mean=True, sign='+')})"
             step, seconds = (statistics.mean(found[run][key] for run in runs) for key in ("step", "seconds"))
             yield f"| {choice or variant} | {' | '.join(cells)} | {step:.0f} | {seconds:.0f} |"
         yield ""
@@ -263,6 +276,7 @@ class Bench:
                 [*rpo, ("RPO", "no early stopping"), *names["loss"], ("similarity only", "no early stopping")],
             ),
             *self.table("λ_val", [("RPO", choice) for choice in list(CHOICES)[:3]]),
+            PUBLISHED,
             *self.table("Harmonic or arithmetic mean", [("RPO", "λ_val 0.3"), ("RPO", "λ_val 0.3, arithmetic")]),
             *self.table("λ_train", [*rpo, *names["lambda_train"]]),
             *self.table("β and τ", [*rpo, *names["beta_tau"]]),
@@ -290,8 +304,12 @@ class Bench:
         page.save(path)
 
 
-def spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def spread(values: list[float], of_mean: bool = False, sign: str = "") -> str:
+    """The mean, and ± the standard deviation, or the mean's standard error; of one value there is none."""
+    mean = f"{statistics.mean(values):{sign}.3f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / (len(values) ** 0.5 if of_mean else 1):.3f}"
 
 
 def reserved(name: str) -> str:
