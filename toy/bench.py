@@ -6,10 +6,10 @@
     python -m toy.bench --only rpo --subjects dog-1 --seeds 0 1 2      # data/dog: README's first table
 
 Every variant trains with train.py's own Trainer, from the same photos, for the same number of steps, with the base's
-recommended settings. Then the 25 test prompts are drawn with the kept weights, from the same noise, in 20 solver steps,
-and scored by metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val, the mean,
-early stopping) uses one run's saved validations. Pictures that variants share, the negatives and the base's, are drawn
-once, and count for the seconds of each.
+recommended settings. Then the 25 test prompts are drawn with the kept weights, from the same noise, as evaluate.py
+draws them, and scored by metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val,
+the mean, early stopping) uses one run's saved validations. Pictures that variants share, the negatives and the
+base's, are drawn once, and count for the seconds of each.
 
 --out holds results.jsonl, a line a result; tables.md; and the figures. An interrupted benchmark goes on when it is
 started again. Two may fill one --out side by side, with other --only, --subjects or --seeds. A line counts only for the
@@ -181,9 +181,9 @@ class Bench:
         self.sd.unet.load_state_dict(weights)
         prompts = [prompt for prompt in subject.test_prompts for _ in range(self.images)]
         seeds = [100_000 * (seed + 1) + i for i in range(len(prompts))]
-        guidance = self.sd.recommended.get("guidance", 7.5)
+        steps, guidance = (self.sd.recommended[setting] for setting in ("solver_steps", "guidance"))
         with tqdm(total=len(prompts), desc=f"testing {name}", unit="image", leave=False) as bar:
-            images = self.sd.generate(prompts, seeds, guidance=guidance, on_batch=bar.update)
+            images = self.sd.generate(prompts, seeds, steps, guidance, on_batch=bar.update)
         shown = images[:: self.images][:: len(subject.test_prompts) // FIGURE_PROMPTS][:FIGURE_PROMPTS]
         world.sheet(shown, len(shown)).save(self.figure_row(subject.folder.name, seed, name))
         scores = self.metrics(images, prompts)
