@@ -1,10 +1,14 @@
 """toy/bench.py: what counts as done, and the tables."""
 
 import argparse
+import json
 
 import pytest
+from tiny import write_base, write_metrics
 
-from toy.bench import GROUPS, LOGGED, SCORES, VALIDATED, Bench, reserved
+import train
+from toy import bench as module
+from toy.bench import CHOICES, GROUPS, LOGGED, METHODS, SCORES, VALIDATED, Bench, reserved
 
 
 @pytest.fixture
@@ -64,8 +68,71 @@ def test_reserved_subjects_are_named():
 
 
 def test_every_variant_is_a_command_line_of_train(monkeypatch):
-    import train
-
     for variants in GROUPS.values():
         for options in variants.values():
             train.flags().parse_args(["--subject", "dog", *options])
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A Bench on a tiny random base, two steps a run."""
+    base = write_base(tmp_path / "base")
+    write_metrics(base / "metrics", base / "tokenizer")
+    settings = {"batch": 2, "guidance": 2.0, "class_images": 4, "solver_steps": 1}
+    (base / "rpo.json").write_text(json.dumps(settings), encoding="utf-8")
+    monkeypatch.setattr(module, "WEIGHTS", base)
+    monkeypatch.setattr(train, "Trainer", train.Trainer)  # which the benchmark replaces
+    monkeypatch.setattr(module.Watched, "shared", {})
+    return Bench(tmp_path / "out", steps=2, images=1)
+
+
+def test_every_method_is_trained_and_scored_once(tiny, monkeypatch):
+    drawn, draw = [], train.Trainer.draw
+    monkeypatch.setattr(train.Trainer, "draw", lambda self, p, *rest: drawn.append(len(p)) or draw(self, p, *rest))
+    tiny.all(["dog-2"], [0], ["methods"])
+    assert [(row["variant"], row["choice"]) for row in tiny.rows()] == [
+        *[("base", ""), ("RPO", ""), *(("RPO", choice) for choice in CHOICES)],
+        *((name, "") for name in list(METHODS)[1:]),
+    ]
+    assert {row["step"] for row in tiny.rows() if row["variant"] != "base"} == {2}
+    assert all(-1 <= row[score] <= 1 for row in tiny.rows() for score in (*VALIDATED, *SCORES))
+    # Negatives, the base's validation and every run's last; class images once for the three methods that want them.
+    assert sorted(drawn) == sorted([32, 32, *[32] * 4, 4])
+    assert sorted(path.name for path in tiny.out.iterdir()) == ["photos", "results.jsonl", "rows", "tables.md"]
+    tables = (tiny.out / "tables.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in tables for name in METHODS)
+
+    def again(*_):
+        raise AssertionError("trained twice")
+
+    monkeypatch.setattr(train, "run", again)
+    tiny.all(["dog-2"], [0], ["methods"])
+
+
+def test_an_interrupted_run_leaves_nothing_and_is_done_anew(tiny, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", stop)
+        with pytest.raises(SystemExit):
+            tiny.all(["clock-0"], [0], ["rpo"])
+    assert not tiny.rows() and [path.name for path in tiny.out.iterdir()] == ["photos"]
+    tiny.all(["clock-0"], [0], ["rpo"])
+    assert [row["variant"] for row in tiny.rows()][:2] == ["base", "RPO"]
+
+
+def test_what_a_run_was_spared_counts_for_its_seconds(tiny, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    draws = train.Trainer.draw
+    monkeypatch.setattr(train.Trainer, "draw", draws)
+    monkeypatch.setattr(module.time, "time", lambda: float(next(clock)))
+    tiny.all(["dog-2"], [0], ["rpo"])
+    assert module.Watched.last.spared == 0
+    spared = {key: seconds for key, (_, seconds) in module.Watched.shared.items()}
+    assert len(spared) == 2 and all(seconds > 0 for seconds in spared.values())
+    tiny.run(tiny.subject("dog-2"), 0, "again", [])
+    assert module.Watched.last.spared == sum(spared.values())

@@ -16,7 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import WEIGHTS, call, error_line, files_in, write_base, write_photos
+from tiny import WEIGHTS, call, error_line, files_in, write_base, write_metrics, write_photos
 
 import cli
 import evaluate
@@ -25,7 +25,6 @@ from model.stable_diffusion import StableDiffusion
 from model.weights import read_metadata, save_tensors
 from reward import lambda_harmonic
 from subject import open_photo
-from toy.networks import PREPROCESSORS, write_json
 
 QUICK = ("--steps", 1, "--n", 1, "--device", "cpu")
 NAMES = ["dino", "clip_i", "clip_t", "align_i", "align_t"]
@@ -35,30 +34,6 @@ def picture(seed, size=(40, 40)):
     """Blocks of random colours, so that pictures differ also at low resolution."""
     pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
-
-
-def write_metrics(folder, tokenizer):
-    """A random CLIP and a random ViT as transformers saves them, with sizes at which no resize is the identity."""
-    vocab = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
-    end = vocab["<|endoftext|>"]
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = small | {"vocab_size": len(vocab), "eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
-    vision = small | {"image_size": 24, "patch_size": 8}
-    torch.manual_seed(1)
-    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    dino = transformers.ViTModel(transformers.ViTConfig(**vision), add_pooling_layer=False)
-    with torch.no_grad():  # the libraries' first weights are so small that all features are alike
-        for name, parameter in [*clip.named_parameters(), *dino.named_parameters()]:
-            if parameter.ndim > 1 and "embedding" not in name:
-                parameter.copy_(torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
-        clip.text_projection.weight.neg_()  # with this seed most cosines of a picture and a text are then above 0
-    clip.save_pretrained(folder / "clip")
-    dino.save_pretrained(folder / "dino")
-    shutil.copytree(tokenizer, folder / "clip", dirs_exist_ok=True)
-    square = {"height": 24, "width": 24}
-    sizes = {"clip": {"size": {"shortest_edge": 24}, "crop_size": square}, "dino": {"size": square}}
-    for name, size in sizes.items():
-        write_json(folder / name / "preprocessor_config.json", PREPROCESSORS[name] | size)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """A tiny random base model and a tiny subject on disk, for the tests of the commands: a whole run takes a second."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 
 from model import align, clip, unet, vae
@@ -71,6 +73,30 @@ def write_base(folder: Path, prediction_type: str = "epsilon") -> Path:
     networks.write_part(folder / "text_encoder", text, encoder.state_dict(), "model.safetensors")
     networks.write_part(folder / "reward", look, eyes.state_dict(), "model.safetensors", pictures)
     return folder
+
+
+def write_metrics(folder, tokenizer):
+    """A random CLIP and a random ViT as transformers saves them, with sizes at which no resize is the identity."""
+    vocab = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
+    end = vocab["<|endoftext|>"]
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = small | {"vocab_size": len(vocab), "eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
+    vision = small | {"image_size": 24, "patch_size": 8}
+    torch.manual_seed(1)
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    dino = transformers.ViTModel(transformers.ViTConfig(**vision), add_pooling_layer=False)
+    with torch.no_grad():  # the libraries' first weights are so small that all features are alike
+        for name, parameter in [*clip.named_parameters(), *dino.named_parameters()]:
+            if parameter.ndim > 1 and "embedding" not in name:
+                parameter.copy_(torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
+        clip.text_projection.weight.neg_()  # with this seed most cosines of a picture and a text are then above 0
+    clip.save_pretrained(folder / "clip")
+    dino.save_pretrained(folder / "dino")
+    shutil.copytree(tokenizer, folder / "clip", dirs_exist_ok=True)
+    square = {"height": 24, "width": 24}
+    sizes = {"clip": {"size": {"shortest_edge": 24}, "crop_size": square}, "dino": {"size": square}}
+    for name, size in sizes.items():
+        networks.write_json(folder / name / "preprocessor_config.json", networks.PREPROCESSORS[name] | size)
 
 
 def write_photos(folder: Path, count: int = 3) -> Path:

@@ -195,19 +195,26 @@ class Bench:
 
     def run(self, subject: Subject, seed: int, name: str, options: list[str]) -> None:
         """Train one variant and score what it keeps, and what other choices among its validations would have kept."""
-        which = {"subject": subject.folder.name, "seed": seed}
         folder = self.out / f"run-{subject.folder.name}-{seed}-{os.getpid()}"  # another process may run the same
-        flags = ["--subject", subject.folder, "--noun", subject.noun, "--ckpt", folder / "best.safetensors"]
+        flags = ["--base", WEIGHTS, "--subject", subject.folder, "--noun", subject.noun]
+        flags += ["--ckpt", folder / "best.safetensors"]
         flags += ["--live" if subject.live else "--no-live", "--seed", seed, "--steps", self.steps, *options]
         if "--keep-last" in options:  # nothing is chosen: one validation, at the end, will do
             flags += ["--validate-every", self.steps]
         Watched.folder = folder / "validations"
         Watched.folder.mkdir(parents=True, exist_ok=True)
-        start, train.Trainer = time.time(), Watched
-        if status := train.run(train.flags().parse_args(list(map(str, flags)))):
-            sys.exit(status)
-        trainer, scores = Watched.last, {}
-        seconds = time.time() - start + trainer.spared
+        try:
+            start, train.Trainer = time.time(), Watched
+            if status := train.run(train.flags().parse_args(list(map(str, flags)))):
+                sys.exit(status)
+            seconds = time.time() - start + Watched.last.spared
+            self.note_choices(subject, seed, name, round(seconds, 1))
+        finally:
+            shutil.rmtree(folder)
+
+    def note_choices(self, subject: Subject, seed: int, name: str, seconds: float) -> None:
+        """Score the weights that each choice among the last run's validations keeps, and the base's if need be."""
+        trainer, scores, which = Watched.last, {}, {"subject": subject.folder.name, "seed": seed}
         if not self.rows(variant="base", **which):
             tested = self.score(subject, seed, self.base, "base")
             self.note(variant="base", choice="", **which, step=0, seconds=0.0, **trainer.validated(0), **tested)
@@ -221,9 +228,8 @@ class Bench:
             else:
                 rows = [self.figure_row(subject.folder.name, seed, one) for one in (scores[step][0], title)]
                 shutil.copyfile(*rows)
-            row = {"variant": name, "choice": choice, **which, "step": step, "seconds": round(seconds, 1)}
+            row = {"variant": name, "choice": choice, **which, "step": step, "seconds": seconds}
             self.note(**row, **trainer.validated(step), **scores[step][1], **trainer.logged())
-        shutil.rmtree(folder)
 
     def all(self, subjects: list[str], seeds: list[int], groups: list[str]) -> None:
         variants = {name: options for group in groups for name, options in GROUPS[group].items()}
@@ -333,8 +339,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4, help="pictures a test prompt (default: 4)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="(default: runs/bench)")
     args = parser.parse_args()
-    if args.quick:
-        args.only, args.seeds, args.steps, args.images = ["methods"], [0], 120, 1
+    if args.quick:  # other defaults, no more
+        parser.set_defaults(only=["methods"], seeds=[0], steps=120, images=1)
+        args = parser.parse_args()
     default = (SUBJECTS[0], SUBJECTS[3]) if args.quick else TUNING if args.only == ["lr"] else SUBJECTS
     subjects = args.subjects or default
     bench = Bench(args.out, args.steps, args.images)
