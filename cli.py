@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 import parallel
+from model.tokenizer import CLIPTokenizer
 
 EMBEDDED_BASE = Path(__file__).parent / "weights" / "toy"
 
@@ -28,6 +30,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line (its exit status is 2, as ever)."""
 
     def __init__(self, **options):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a λ should not end a run where the output's encoding has none
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str):
@@ -91,12 +96,12 @@ def _number(text: str, kind: type, good: Callable[[float], bool], expected: str)
 
 
 def device(name: str | None) -> torch.device:
-    """The device called `name`, or the best there is. Raises ValueError for one that is not there.
+    """The device called `name`, or cuda if there is one, else cpu. Raises ValueError for one that is not there.
 
     Of many processes on a machine each has its own GPU.
     """
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if parallel.world() > 1:
         name = parallel.device(name)
     try:
@@ -120,7 +125,7 @@ def add_base_flags(parser: argparse.ArgumentParser, default: Path | None, what: 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """--device and --precision."""
     add = parser.add_argument
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--device", help="cpu, cuda or mps, which nobody has tried (default: cuda if there is one)")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="of the U-Net (default: bf16 on cuda, else fp32)")
 
 
@@ -189,6 +194,13 @@ def settle(args: argparse.Namespace, recommends: dict, settings: Path) -> None:
             setattr(args, name, recommended(recommends, key, value, f"{settings}"))
         if name != "class_images" or args.method != "rpo":
             print(f"  {name:18} {getattr(args, name):<8g} {source}")
+
+
+def warn_of_cuts(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> None:
+    """A line on stderr for each prompt that is too long, with what is not read of it."""
+    for prompt in dict.fromkeys(prompts):
+        if (rest := tokenizer.overflow(prompt)) and parallel.rank() == 0:
+            print(f"warning: a prompt fills its {tokenizer.length} tokens; not read: {rest!r}", file=sys.stderr)
 
 
 def check_writable(path: Path, size: int = 0) -> None:

@@ -152,7 +152,8 @@ def estimate_of(args: argparse.Namespace) -> dict[str, int]:
     config, others = config_from(UNetConfig, values, source), sum(e.numel() for part in others for e in part.values())
     modes = args.precision, args.lora_rank, args.checkpoint_gradients
     with told(f"the configuration of {source} describes no possible network"):
-        return estimate(config, others, config.sample_size, args.batch, *modes)
+        side = math.ceil(args.resolution / 8) if args.resolution else config.sample_size  # 8: of every public VAE
+        return estimate(config, others, side, args.batch, *modes)
 
 
 def free_memory(device: torch.device) -> float:
@@ -173,8 +174,8 @@ def tell_memory(args: argparse.Namespace, device: torch.device) -> bool:
 def remedy(args: argparse.Namespace) -> str:
     """What to try when a GPU's memory does not suffice for train.py, in this order."""
     flags = [] if args.precision != "fp32" else ["--precision bf16"]
+    flags += [] if args.lora_rank else ["--lora-rank 16"]  # the whole U-Net's weights take more than its activations
     flags += [] if args.checkpoint_gradients else ["--checkpoint-gradients"]
-    flags += [] if args.lora_rank else ["--lora-rank 16"]
     flags += ["a smaller --batch"] if args.batch != 1 else []
     last = "a larger GPU" if args.batch != 1 else "a larger GPU (--batch is 1 already)"
     return f"try {', then '.join([*flags, last])}"

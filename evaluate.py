@@ -79,7 +79,8 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
 
     recommends = read_json(home / "rpo.json") if (home / "rpo.json").is_file() else {}
     steps, guidance = cli.steps_and_guidance(args, ckpt, header, recommends, home / "rpo.json")
-    settings |= {"guidance": guidance, "steps": steps}
+    size = cli.recommended(header, "resolution", 1, f"{ckpt}") if "resolution" in header else None  # the base's own
+    settings |= {"guidance": guidance, "steps": steps, "size": size}
     told = cli.recommended(header, "lambda_val", 0.3, f"{ckpt}", cli.fraction)
     settings["lambda_val"] = told if args.lambda_val is None else args.lambda_val
 
@@ -153,8 +154,10 @@ class Evaluator:
         seeds = np.random.SeedSequence([settings["seed"], 2]).generate_state(len(prompts)).tolist()
         options = {"steps": settings["steps"], "sampler": "dpm++", "guidance": settings["guidance"]}
         looks = {"unit": "image", "leave": False, "delay": 0.1, "disable": parallel.rank() > 0}
+        cli.warn_of_cuts(self.sd.tokenizer, prompts)
         with tqdm(total=len(prompts), desc=job.subject.folder.name, **looks) as bar:
-            images = self.sd.generate(prompts, seeds, **options, batch_size=self.batch, on_batch=bar.update)
+            how = {"size": settings["size"], "batch_size": self.batch, "on_batch": bar.update}
+            images = self.sd.generate(prompts, seeds, **options, **how)
         scores = self.metrics(images, prompts)
         scores["lambda_harmonic"] = lambda_harmonic(scores["align_i"], scores["align_t"], settings["lambda_val"])
         scores = {name: [round(value, 6) for value in values.tolist()] for name, values in scores.items()}

@@ -9,6 +9,7 @@ best.state.pt      all that --resume needs; train.py removes it at the end
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -41,6 +42,7 @@ class Record:
         self.history: list[dict] = []
         self.strip: list[tuple[int, float, list[Image.Image]]] = []  # step, reward, one picture a prompt
         self.best_step, self.best_reward = None, -math.inf
+        self.kept = None  # step and reward of the weights that are in the file
         self.stale = 0  # validations since the best one
         self.saved = False  # is there something to resume from?
 
@@ -62,6 +64,7 @@ class Record:
         """Write the checkpoint: the weights of the validation just noted. Raises ValueError if that fails."""
         header = self.header | {"step": str(self.best_step), "reward": str(self.best_reward)}
         cli.write_whole(self.ckpt, lambda path: save_tensors(weights, path, header))
+        self.kept = self.best_step, self.best_reward
 
     def write(self) -> None:
         """The history and the film strip. Raises ValueError if a file cannot be written."""
@@ -72,12 +75,13 @@ class Record:
 
     def summary(self) -> str:
         """Where the result is, and how good it is."""
-        if self.best_step is None:
+        if self.kept is None:
             return "nothing was kept yet"
+        step, reward = self.kept
         base = next(row["reward"] for row in self.history if row["step"] == 0)
-        note = "" if self.best_reward > base else ", NOT BETTER than the base: try another --lr or other photos"
-        text = f"kept step {self.best_step} in {self.ckpt} (history .jsonl, film strip .png beside it)"
-        return f"{text}: reward {self.best_reward:.4f}, the base's is {base:.4f}{note}"
+        note = "" if reward > base else ", NOT BETTER than the base: try another --lr or other photos"
+        text = f"kept step {step} in {self.ckpt} (history .jsonl, film strip .png beside it)"
+        return f"{text}: reward {reward:.4f}, the base's is {base:.4f}{note}"
 
     def save_state(self, step: int, parts: dict[str, dict]) -> None:
         """All that is needed to go on after `step` as if nothing had happened; parts: state_dicts by name."""
@@ -101,11 +105,14 @@ class Record:
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
                 self.best_step, self.best_reward, self.stale = state["best"]
+                self.kept = (self.best_step, self.best_reward) if self.best_step is not None else None
                 self.strip = [
                     (s, r, [Image.fromarray(image) for image in images.numpy()]) for s, r, images in state["strip"]
                 ]
                 self.history, self.saved, done = state["history"], True, state["step"]
         except Exception as error:  # torch raises many kinds for a broken file
+            if cli.memory_is_full(error):
+                raise
             raise CheckpointError(f"{path} is broken ({type(error).__name__}): drop --resume to start anew") from None
         if changed:
             raise CheckpointError(f"{path} is of a run with other settings ({'; '.join(changed)}): give the same ones")
@@ -115,10 +122,10 @@ class Record:
 def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
     """What sample.py and evaluate.py need to know, for the checkpoint's header."""
     values = {"format": "pt", "method": args.method, "version": VERSION, "base": cli.base_name(args.base)}
-    values |= {name: getattr(args, name) for name in ("variant", "prediction_type") if getattr(args, name)}
+    told = ("variant", "prediction_type", "resolution", "lora_rank")
+    values |= {name: getattr(args, name) for name in told if getattr(args, name)}
     values |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
     labels = ("lambda_train", "beta", "tau", "preference_weight") if args.method == "rpo" else ()
-    values |= {"lora_rank": args.lora_rank} if args.lora_rank else {}
     names = (*labels, "lambda_val", "mean", "lr", "batch", "guidance", "seed")
     return values | {name: getattr(args, name) for name in names}
 
@@ -127,12 +134,18 @@ def fingerprint(args: argparse.Namespace, subject: Subject) -> dict[str, object]
     """What must be equal for a run to be the same run. More --steps or another --patience are welcome."""
     free = {"steps", "patience", "resume", "device", "ckpt", "checkpoint_gradients"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    return settings | {"noun": subject.noun, "photos": [photo.name for photo in subject.photos]}
+    photos = {photo.name: hashlib.sha256(photo.read_bytes()).hexdigest()[:8] for photo in subject.photos}
+    return settings | {"noun": subject.noun, "photos": photos}
 
 
-def check_place(ckpt: Path, resume: bool) -> None:
-    """Say what a run with this result would replace. Raises ValueError if it cannot be written, or resumed."""
+def check_place(ckpt: Path, resume: bool, photos: Path) -> None:
+    """Say what a run with this result would replace. Raises ValueError if it cannot be written, or resumed.
+
+    Nor may it lie among the `photos`, a folder: the next run would take the film strip for one of them.
+    """
     state = ckpt.with_suffix(STATE)
+    if ckpt.parent.resolve() == photos.resolve():
+        raise ValueError(f"--ckpt {ckpt} lies among the photos in {photos}: give another folder")
     for ending in (".safetensors", ".jsonl", ".png", STATE):
         cli.check_writable(ckpt.with_suffix(ending))
     if resume and not state.is_file():

@@ -42,19 +42,18 @@ def run(args) -> int:
     steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, sd.recommended, told_by)
     subject = f"a {header.get('token', '[V]')} {header['noun']}" if "noun" in header else "a dog"
     prompts = list(dict.fromkeys(args.prompt or [text.format(subject=subject) for text in DEFAULT_PROMPTS]))
-    for prompt in prompts:
-        if rest := sd.tokenizer.overflow(prompt):
-            print(f"warning: a prompt fills its {sd.tokenizer.length} tokens; not read: {rest!r}", file=sys.stderr)
+    cli.warn_of_cuts(sd.tokenizer, prompts)
+    size = args.size or cli.recommended(header, "resolution", sd.image_size, f"{args.ckpt}")
 
     texts = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in prompts for i in range(args.n)]
-    names, pictures, at_once = picture_names(texts, seeds), [], args.batch or sd.drawing_batch(args.size)
+    names, pictures, at_once = picture_names(texts, seeds), [], args.batch or sd.drawing_batch(size)
     options = {"steps": steps, "guidance": guidance, "sampler": args.scheduler}
     try:
         with tqdm(total=len(texts), desc="drawing", unit="image", delay=0.1) as bar:
             for start in range(0, len(texts), at_once):
                 part = slice(start, start + at_once)
-                drawn = sd.generate(texts[part], seeds[part], **options, size=args.size, batch_size=at_once)
+                drawn = sd.generate(texts[part], seeds[part], **options, size=size, batch_size=at_once)
                 settings = drawn_with(**options, size=drawn[0].size, ckpt=args.ckpt, base=base, header=header)
                 save_pictures(args.out, names[part], drawn, texts[part], seeds[part], settings)
                 pictures += drawn
@@ -77,7 +76,7 @@ def main() -> int:
     add("--steps", type=cli.count, help="sampler steps (default: 20, or what the base recommends)")
     add("--guidance", type=cli.positive, help="classifier-free guidance (default: as in training, or the base's)")
     add("--scheduler", choices=SAMPLERS, default="dpm++", help="the sampler (default: dpm++)")
-    add("--size", type=cli.count, help="the side in pixels (default: the base's)")
+    add("--size", type=cli.count, help="the side in pixels (default: as in training, or the base's)")
     add("--batch", type=cli.count, help="pictures at a time; changes no picture (default: what fits, 8 on a CPU)")
     cli.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     add(

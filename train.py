@@ -4,7 +4,7 @@
     python train.py --subject my_dog --noun dog --base stable-diffusion   # a folder with public weights
     python train.py --subject data/dog --resume                           # go on, with the same flags as before
     python train.py --subject data/dog --method dreambooth                # what RPO is compared with, in the same loop
-    torchrun --standalone --nproc_per_node=4 train.py --subject my_dog    # on 4 GPUs; --batch counts the pairs of all
+    torchrun --standalone --nproc_per_node=4 train.py --subject my_dog --noun dog   # 4 GPUs; --batch counts all pairs
 
 Writes best.safetensors (the U-Net of the best validation, in the public layout), best.jsonl (the history, a line a step
 or validation) and best.png (the film strip); --ckpt moves all of them.
@@ -112,11 +112,10 @@ class Trainer:
     def prepare(self) -> None:
         """Everything that stays as it is while θ learns: drawn pictures, rewards, posteriors, contexts."""
         args, sd = self.args, self.sd
-        count = args.images_per_prompt if args.method == "rpo" else args.class_images
-        prompts = self.method.drawn_prompts(self.subject, count)
+        what = "class_images" if self.method.draws == "class images" else "images_per_prompt"
+        prompts = self.method.drawn_prompts(self.subject, getattr(args, what))
         with without_lora(sd.unet):
-            text = "drawing negatives" if args.method == "rpo" else "drawing class images"
-            drawn = self.draw(prompts, args.seed, text)
+            drawn = self.draw(prompts, args.seed, f"drawing {self.method.draws}")
         if "label" in self.method.needs:
             r_gen = self.reward(drawn, prompts, args.lambda_train)  # each negative's own, with its own prompt
             r_ref = self.reward.of_photos(prompts, args.lambda_train)  # photo i with the prompt of negative j
@@ -243,8 +242,10 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{args.align} is missing, which should hold ALIGN: name its folder with --align")
     dino = home_of(args.base) / "metrics" / "dino" if (args.method, args.dpg_reward) == ("dpg", "dino") else None
     if dino and not dino.is_dir():
-        raise CheckpointError(f"{dino} is missing, which should hold DINO for --dpg-reward dino")
-    check_place(args.ckpt, args.resume)
+        raise CheckpointError(
+            f"{dino} is missing, which should hold DINO: put it there, or take --dpg-reward look-forward"
+        )
+    check_place(args.ckpt, args.resume, subject.folder)
 
     prompts = f"prompts of {'living subjects' if subject.live else 'things'}"
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
@@ -252,14 +253,15 @@ def run(args: argparse.Namespace) -> int:
     cli.settle(args, read_json(rpo_json) if rpo_json.is_file() else {}, rpo_json)
     short = engine.tell_memory(args, device)
     sd = StableDiffusion.from_pretrained(args.base, device, args.variant, args.prediction_type)
-    sd.precision = PRECISIONS[args.precision]
+    sd.precision, sd.image_size = PRECISIONS[args.precision], args.resolution or sd.image_size
     align = ALIGN.from_pretrained(args.align).to(device)
     dino = DINO.from_pretrained(dino).to(device) if dino else None
     parameters = sum(p.numel() for p in sd.unet.parameters())
     print(f"base {cli.base_name(args.base)} on {device}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
-    if any(map(sd.tokenizer.overflow, [subject.instance_prompt, *subject.training_prompts])):
-        print(f"warning: prompts exceed {sd.tokenizer.length} tokens and are cut: give a shorter --token or --noun")
+    cli.warn_of_cuts(sd.tokenizer, [subject.instance_prompt, *subject.training_prompts])
+    if sd.image_size % sd.vae.downscale:
+        raise ValueError(f"--resolution must be a multiple of {sd.vae.downscale}, not {args.resolution}")
     if args.solver_steps > (most := len(sd.scheduler.alphas_cumprod)):
         raise ValueError(f"--solver-steps must be between 1 and {most}, not {args.solver_steps}")
     if not args.lora_rank:
@@ -310,6 +312,7 @@ def flags() -> cli.Parser:
     add = parser.add_argument_group("the method and its ablations").add_argument
     add("--method", choices=("rpo", "dreambooth", "dpg"), default="rpo", help="(default: %(default)s)")
     add("--images-per-prompt", type=cli.count, help="negatives, and validation images, a prompt (the paper: 4)")
+    add("--resolution", type=cli.count, help="side of all pictures, in pixels (default: the base's; the paper: 512)")
     add("--guidance", type=cli.positive, help="classifier-free guidance when drawing (the paper: 7.5)")
     add("--solver-steps", type=cli.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
     add("--validate-every", type=cli.count, default=40, help="gradient steps (default: %(default)s, the paper's)")

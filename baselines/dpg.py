@@ -111,6 +111,8 @@ class DPG:
     Raises ValueError for a value outside these.
     """
 
+    draws = "class images"  # what the base draws before training
+
     def __init__(
         self,
         channels: int = 4,

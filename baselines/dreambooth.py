@@ -51,6 +51,7 @@ def dreambooth_loss(loss_ref: Tensor, loss_class: Tensor, prior_weight: float = 
 class DreamBooth:
     """The method as the training loop sees it: which images it wants drawn, and the loss of a step."""
 
+    draws = "class images"  # what the base draws before training
     needs = ()  # beside the two denoising losses
 
     def __init__(self, prior_weight: float = 1.0):

@@ -34,7 +34,8 @@ BYTES_A_PIXEL = 600  # of a picture that Stable Diffusion's U-Net is drawing in 
 class StableDiffusion:
     """The parts of a base model on one device. `unet` may be trained or replaced; the rest stays as it was loaded.
 
-    `precision`, a dtype that may be set: of the U-Net's arithmetic; bf16 on an NVIDIA GPU, else fp32.
+    Two things may be set: `precision`, the dtype of the U-Net's arithmetic (bf16 on an NVIDIA GPU, else fp32), and
+    `image_size`, the pictures' side in pixels (the one that the base was trained on).
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class StableDiffusion:
             )
         self.device = torch.device(device)
         self.precision = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.image_size = unet.config.sample_size * vae.downscale
         self.unet, self.vae = unet.to(self.device), vae.to(self.device)
         if self.device.type in FAST_CHANNELS_LAST:
             self.unet.to(memory_format=torch.channels_last)
@@ -133,11 +135,6 @@ class StableDiffusion:
             load_tensors(self.unet, tensors, path)
         layout = torch.channels_last if self.device.type in FAST_CHANNELS_LAST else torch.preserve_format
         self.unet.to(self.device, memory_format=layout)
-
-    @property
-    def image_size(self) -> int:
-        """The side of the pictures the base was trained on, in pixels."""
-        return self.unet.config.sample_size * self.vae.downscale
 
     def autocast(self):
         """Arithmetic in `precision`; the weights stay as they are.
@@ -222,7 +219,7 @@ class StableDiffusion:
         latents: Tensor | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> list[Image.Image]:
-        """Draw one picture for each prompt and its seed, `size` x `size` pixels (default: the base's own).
+        """Draw one picture for each prompt and its seed, `size` x `size` pixels (default: `image_size`).
 
         Every picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, whatever the batch
         size (default: `drawing_batch`) and the device. `latents` (B, 4, h, w): the initial noise instead. `on_batch` is
@@ -252,7 +249,8 @@ class StableDiffusion:
 
             x_0 = self.scheduler.sample(denoise, noise, steps, sampler, generators)
             if not x_0.isfinite().all():  # it would be a picture of one colour
-                raise ValueError("the U-Net's prediction is not finite: are its weights damaged? try --precision fp32")
+                why = "its weights are damaged, or --lr was too high; or try --precision fp32"
+                raise ValueError(f"the U-Net's prediction is not finite: {why}")
             pictures += self.decode_latents(x_0)
             if on_batch:
                 on_batch(len(generators))

@@ -4,6 +4,8 @@ import argparse
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,14 @@ def test_device():
     for name in ("abacus", "meta", "cuda:99", "cpu:x", "", "xla", "vulkan", "privateuseone"):
         with pytest.raises(ValueError, match="--device"):
             cli.device(name)
+
+
+def test_an_output_that_has_no_lambda_is_no_reason_to_end(tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, Path(cli.__file__).with_name("train.py"), "--help"]
+    result = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert result.returncode == 0 and b"? of the validation" in result.stdout
+    assert b"Traceback" not in result.stderr
 
 
 def test_device_makes_its_gpu_the_current_one(monkeypatch):

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def flags(**changed):
     """train.py's flags as they are after `settle`, on a GPU."""
-    given = {"precision": "bf16", "checkpoint_gradients": False, "lora_rank": None, "batch": 4}
+    given = {"precision": "bf16", "checkpoint_gradients": False, "lora_rank": None, "batch": 4, "resolution": None}
     return argparse.Namespace(**given | changed)
 
 
@@ -292,9 +292,9 @@ def test_remedies_come_in_order():
         return engine.remedy(flags(**changed))
 
     first = of(precision="fp32")
-    order = [first.index(flag) for flag in ("bf16", "--checkpoint-gradients", "--lora-rank", "--batch", "larger GPU")]
+    order = [first.index(flag) for flag in ("bf16", "--lora-rank", "--checkpoint-gradients", "--batch", "larger GPU")]
     assert order == sorted(order)
-    assert of().startswith("try --checkpoint-gradients, then --lora-rank 16, then a smaller --batch")
+    assert of().startswith("try --lora-rank 16, then --checkpoint-gradients, then a smaller --batch")
     assert of(checkpoint_gradients=True).startswith("try --lora-rank 16")
     assert of(checkpoint_gradients=True, lora_rank=4).startswith("try a smaller --batch")
     assert of(checkpoint_gradients=True, lora_rank=4, batch=1).startswith("try a larger GPU")

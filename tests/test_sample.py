@@ -74,6 +74,13 @@ def test_checkpoint_alone_says_base_subject_and_guidance(run, ckpt, asked, tmp_p
     assert torch.equal(asked["unet"]["conv_in.weight"], load_file(ckpt)["conv_in.weight"])
 
 
+def test_checkpoint_says_the_size(run, ckpt, base, asked, tmp_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("other") / "best.safetensors"
+    save_file(load_file(ckpt), path, {"base": str(base), "resolution": "24"})
+    assert run("--ckpt", path) == 0 and asked["size"] == 24
+    assert run("--ckpt", path, "--size", 16) == 0 and asked["size"] == 16
+
+
 def test_base_alone(run, base, asked, tmp_path, monkeypatch):
     assert run("--base", base) == 0
     assert asked["prompts"][0] == "a photo of a dog" and asked["guidance"] == 7.5

@@ -315,6 +315,22 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(run, done, tmp_pa
     assert same_files(tmp_path, done[0])
 
 
+def test_interrupted_while_the_checkpoint_is_written_tells_what_is_there(run, tmp_path, monkeypatch, capsys):
+    save, stops = record.save_tensors, iter([True, False, True])
+
+    def stop(*arguments):
+        if next(stops):
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(record, "save_tensors", stop)
+    assert run("--keep-last") == 130  # at step 2
+    assert "nothing was kept" in capsys.readouterr().out and not (tmp_path / "best.safetensors").exists()
+    assert run("--keep-last") == 130  # at step 4
+    assert "interrupted: kept step 2 in" in capsys.readouterr().out
+    assert read_metadata(tmp_path / "best.safetensors")["step"] == "2"
+
+
 @pytest.fixture
 def interrupted(run, tmp_path):
     """A folder whose run was interrupted at step 3."""
@@ -340,6 +356,13 @@ def test_resume_with_other_settings_is_refused(run, interrupted, capsys, changed
     assert run("--resume", *changed) == 2
     assert changed[0].strip("-").replace("-", "_") in error_line(capsys)
     assert {path: path.read_bytes() for path in interrupted.iterdir()} == before
+
+
+def test_resume_with_other_photos_of_the_same_names_is_refused(run, interrupted, world, tmp_path_factory, capsys):
+    photos = Path(shutil.copytree(world / "dog", tmp_path_factory.mktemp("other") / "dog"))
+    Image.new("RGB", (20, 20), "red").save(photos / "1.png")
+    assert run("--resume", "--subject", photos) == 2
+    assert "'1.png'" in error_line(capsys)
 
 
 @pytest.mark.parametrize("spoil", ["empty", "cut", "text", "other", "lacking", "misshapen"])
@@ -501,10 +524,12 @@ def test_patience_counts_across_an_interruption(run, tmp_path, rewards):
     assert [row["step"] for row in validations(history(tmp_path))] == [0, 1, 2, 3]
 
 
-def test_loss_that_is_no_number_ends_the_run(run, tmp_path, capsys):
-    assert run("--lr", 1e30, "--validate-every", 1) == 2
+@pytest.mark.parametrize(("every", "told"), [(4, "the loss is"), (1, "prediction is not finite")])
+def test_loss_or_picture_that_is_no_number_ends_the_run(run, tmp_path, capsys, every, told):
+    assert run("--lr", 1e30, "--validate-every", every) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "the loss is" in last and "--lr" in last
+    assert told in last and "--lr" in last
+    assert "best.safetensors" not in files_in(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -677,6 +702,13 @@ def test_unwritable_result_is_one_line(run, tmp_path, capsys, ckpt):
     assert files_in(tmp_path) == before
 
 
+def test_a_result_among_the_photos_is_refused(run, world, tmp_path, capsys):
+    before = files_in(world / "dog")
+    assert run("--ckpt", world / "dog" / "best.safetensors") == 2
+    assert "among the photos" in error_line(capsys)
+    assert files_in(world / "dog") == before
+
+
 def test_full_disk_is_known_before_the_work(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     assert run() == 2
@@ -696,6 +728,20 @@ def test_as_a_command_of_its_own(world, tmp_path):
 
 def test_a_token_that_leaves_no_room_for_the_prompt_is_told(run, capsys):
     assert run("--token", "z" * 90, "--steps", 1) == 0
-    assert "give a shorter --token" in capsys.readouterr().out
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 9 and "zz dog'" in warnings[0]  # the instance prompt and the training prompts
     assert run("--steps", 1) == 0
-    assert "warning" not in capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_resolution(run, tmp_path, capsys):
+    """Photos, negatives and validation images have it, and what draws with the result takes it from the header."""
+    assert run("--resolution", 24) == 0  # the base's own is 16
+    trainer = Watched.last
+    assert {photo.size for photo in trainer.photos} == {(24, 24)}
+    assert trainer.ref_posterior[0].shape[2:] == trainer.drawn_posterior[0].shape[2:] == (12, 12)
+    assert {image.size for _, _, images in trainer.record.strip for image in images} == {(24, 24)}
+    assert read_metadata(tmp_path / "best.safetensors")["resolution"] == "24"
+    capsys.readouterr()
+    assert run("--resolution", 25) == 2
+    assert "multiple of 2" in error_line(capsys)
