@@ -67,11 +67,12 @@ def random_prompts(count: int, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def check_vae(vae: VAE) -> Iterator[Row]:
-    count, psnr = 64, 0.0
-    for i in tqdm(range(count), "VAE", leave=False):
-        pixels = to_pixels([world.draw(*world.sample(10_000_000 + 4 * i))])  # far beyond what is trained on
+    count, batch, psnr = 512, 16, 0.0  # one drawing differs from the next by 2 dB: of 64 the mean is only good to 0.3
+    for i in tqdm(range(0, count, batch), "VAE", leave=False):
+        indices = [10_000_000 + 4 * (i + j) for j in range(batch)]  # far beyond what is trained on
+        pixels = to_pixels([world.draw(*world.sample(index)) for index in indices])
         again = ((vae.decode(vae.encode(pixels)[0]) / 2 + 0.5).clamp(0, 1) * 255).round() / 255
-        psnr += -10 * torch.log10((again - (pixels / 2 + 0.5)).square().mean()).item() / count
+        psnr += -10 * torch.log10((again - (pixels / 2 + 0.5)).square().mean((1, 2, 3))).sum().item() / count
     yield f"VAE: PSNR of {count} drawings", psnr, 28, "dB"
 
 
