@@ -203,7 +203,8 @@ def by_phase(report: Report, size: str, base: Path, device: torch.device, quick:
 def measured(args: argparse.Namespace) -> Report:
     """All tables that are asked for."""
     device = common.device(args.device)
-    report = Report("benchmarks.run" + (" --quick" if args.quick else ""), device)
+    title = "benchmarks.run" + (f" --size {args.size}" if args.size != "both" else "")
+    report = Report(title + (" --quick" if args.quick else ""), device)
     for size in ("toy", "sd15") if args.size == "both" else (args.size,):
         with tempfile.TemporaryDirectory(prefix="benchmark_", dir=args.folder) as folder:
             base = cli.EMBEDDED_BASE if size == "toy" else common.write_sd15(Path(folder))
