@@ -112,6 +112,13 @@ def test_every_method_is_trained_and_scored_once(tiny, monkeypatch):
     tiny.all(["dog-2"], [0], ["methods"])
 
 
+def test_labels_may_be_probabilities(tiny):
+    tiny.all(["dog-2"], [0], ["rpo", "coin"])
+    rpo, expected = (tiny.rows(variant=name, choice="")[0] for name in ("RPO", "RPO, P for y"))
+    assert expected["label"] == pytest.approx(expected["p"]) and rpo["p"] == pytest.approx(expected["p"])
+    assert rpo["label"] in (0, 0.5, 1)  # the coin is back: one step of two pairs
+
+
 def test_an_interrupted_run_leaves_nothing_and_is_done_anew(tiny, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

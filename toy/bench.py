@@ -2,7 +2,7 @@
 
     python -m toy.bench --quick              # minutes: two subjects, one seed, the four methods, 120 steps
     python -m toy.bench                      # six subjects, two seeds, everything: hours on two cores
-    python -m toy.bench --only methods loss  # some groups: rpo, methods, loss, lambda_train, beta_tau, lr
+    python -m toy.bench --only methods loss  # some groups: rpo, methods, loss, lambda_train, beta_tau, coin, lr
     python -m toy.bench --only rpo --subjects dog-1 --seeds 0 1 2      # data/dog: README's first table
 
 Every variant trains with train.py's own Trainer, from the same photos, for the same number of steps, with the base's
@@ -63,6 +63,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "τ 0.02": ["--tau", "0.02"],
         "β 2000, τ 0.02": ["--beta", "2000", "--tau", "0.02"],
     },
+    "coin": {"RPO, P for y": []},
     "lr": {f"{m}, lr {lr}": [*METHODS[m], "--lr", lr] for m in METHODS for lr in ("1e-5", "3e-5", "1e-4")},
 }
 # What is chosen from RPO's and the similarity's saved validations: (λ_val, mean), or None for the last one.
@@ -73,7 +74,7 @@ CHOICES = {
     "λ_val 0.3, arithmetic": (0.3, "arithmetic"),
     "no early stopping": None,
 }
-SELECTED = {"RPO": CHOICES, "similarity only": {"no early stopping": None}}
+SELECTED = {"RPO": CHOICES, **{name: {"no early stopping": None} for name in ("similarity only", "RPO, P for y")}}
 PUBLISHED = """\
 The authors' own, with Stable Diffusion 2.1 on DreamBench's 30 subjects (arXiv 2407.12164, not measured here):
 
@@ -203,13 +204,17 @@ class Bench:
             flags += ["--validate-every", self.steps]
         Watched.folder = folder / "validations"
         Watched.folder.mkdir(parents=True, exist_ok=True)
+        coin = train.preference_label
         try:
             start, train.Trainer = time.time(), Watched
+            if name in GROUPS["coin"]:
+                train.preference_label = lambda p, draws: (coin(p, draws), p)[1]  # draws what follows as ever
             if status := train.run(train.flags().parse_args(list(map(str, flags)))):
                 sys.exit(status)
             seconds = time.time() - start + Watched.last.spared
             self.note_choices(subject, seed, name, round(seconds, 1))
         finally:
+            train.preference_label = coin
             shutil.rmtree(folder)
 
     def note_choices(self, subject: Subject, seed: int, name: str, seconds: float) -> None:
@@ -268,7 +273,8 @@ class Bench:
                     gains = [found[run][score] - first[run][score] for run in runs]
                     cells[-1] += f" ({spread(gains, of_mean=True, sign='+')})"
             step, seconds = (statistics.mean(found[run][key] for run in runs) for key in ("step", "seconds"))
-            yield f"| {choice or variant} | {' | '.join(cells)} | {step:.0f} | {seconds:.0f} |"
+            name = f"{variant}, {choice}" if choice else variant
+            yield f"| {name} | {' | '.join(cells)} | {step:.0f} | {seconds:.0f} |"
         yield ""
 
     def tables(self) -> None:
@@ -281,6 +287,10 @@ class Bench:
                 "Loss and early stopping",
                 [*rpo, ("RPO", "no early stopping"), *names["loss"], ("similarity only", "no early stopping")],
             ),
+            *self.table(
+                "The label's coin",
+                [(name, "no early stopping") for name in ("RPO", *GROUPS["coin"], "similarity only")],
+            ),
             *self.table("λ_val", [("RPO", choice) for choice in list(CHOICES)[:3]]),
             PUBLISHED,
             *self.table("Harmonic or arithmetic mean", [("RPO", "λ_val 0.3"), ("RPO", "λ_val 0.3, arithmetic")]),
@@ -290,7 +300,7 @@ class Bench:
             f"| labels and margins | {' | '.join(LOGGED)} |",
             "|---|" + "---|" * len(LOGGED),
         ]
-        for name in [name for group in ("rpo", "loss", "lambda_train", "beta_tau") for name in GROUPS[group]]:
+        for name in [name for group in ("rpo", "loss", "coin", "lambda_train", "beta_tau") for name in GROUPS[group]]:
             if rows := self.rows(variant=name, choice=""):
                 cells = [f"{statistics.mean(row[key] for row in rows):.4f}" for key in LOGGED.values()]
                 lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -304,9 +314,11 @@ class Bench:
         left, height = 110, rows[0][1].height
         page = Image.new("RGB", (left + rows[0][1].width, height * (len(rows) + 1)), "white")
         photos = world.sheet([Image.open(p) for p in sorted((self.out / "photos" / subject).iterdir())], 5)
-        for i, (name, row) in enumerate([("photos", photos), *rows]):
+        # Pillow's own font has no λ.
+        shown = [name.replace(", ", ",\n").replace("λ", "lambda") for name in ("photos", *(name for name, _ in rows))]
+        for i, row in enumerate([photos, *(row for _, row in rows)]):
             page.paste(row, (left, i * height))
-            ImageDraw.Draw(page).text((4, i * height + height // 2), name.replace(", ", ",\n"), fill="black")
+            ImageDraw.Draw(page).text((4, i * height + height // 2), shown[i], fill="black")
         page.save(path)
 
 
