@@ -242,9 +242,7 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{args.align} is missing, which should hold ALIGN: name its folder with --align")
     dino = home_of(args.base) / "metrics" / "dino" if (args.method, args.dpg_reward) == ("dpg", "dino") else None
     if dino and not dino.is_dir():
-        raise CheckpointError(
-            f"{dino} is missing, which should hold DINO: put it there, or take --dpg-reward look-forward"
-        )
+        raise CheckpointError(f"{dino} is missing, which should hold DINO: put it there, or take another --dpg-reward")
     check_place(args.ckpt, args.resume, subject.folder)
 
     prompts = f"prompts of {'living subjects' if subject.live else 'things'}"
