@@ -109,7 +109,7 @@ class RPO:
     beta, preference_weight: as in `rpo_loss`, which raises ValueError for a wrong one.
     """
 
-    draws = "negatives"  # what the base draws before training
+    draws, counted_by = "negatives", "images_per_prompt"  # what the base draws first, and the flag that says how many
     needs = ("base_loss_ref", "base_loss_drawn", "label")  # what `loss` is given beside the two denoising losses
 
     def __init__(self, beta: float = 1.0, preference_weight: float = 1.0):

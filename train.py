@@ -3,7 +3,7 @@
     python train.py --subject data/dog --steps 400                        # the embedded base, minutes on a laptop
     python train.py --subject my_dog --noun dog --base stable-diffusion   # a folder with public weights
     python train.py --subject data/dog --resume                           # go on, with the same flags as before
-    python train.py --subject data/dog --method dreambooth                # what RPO is compared with, in the same loop
+    python train.py --subject data/dog --method dreambooth --keep-last    # what RPO is compared with, in the same loop
     torchrun --standalone --nproc_per_node=4 train.py --subject my_dog --noun dog   # 4 GPUs; --batch counts all pairs
 
 Writes best.safetensors (the U-Net of the best validation, in the public layout), best.jsonl (the history, a line a step
@@ -112,8 +112,7 @@ class Trainer:
     def prepare(self) -> None:
         """Everything that stays as it is while θ learns: drawn pictures, rewards, posteriors, contexts."""
         args, sd = self.args, self.sd
-        what = "class_images" if self.method.draws == "class images" else "images_per_prompt"
-        prompts = self.method.drawn_prompts(self.subject, getattr(args, what))
+        prompts = self.method.drawn_prompts(self.subject, getattr(args, self.method.counted_by))
         with without_lora(sd.unet):
             drawn = self.draw(prompts, args.seed, f"drawing {self.method.draws}")
         if "label" in self.method.needs:

@@ -111,7 +111,7 @@ class DPG:
     Raises ValueError for a value outside these.
     """
 
-    draws = "class images"  # what the base draws before training
+    draws, counted_by = "class images", "class_images"  # what the base draws first, and the flag that says how many
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ def dreambooth_loss(loss_ref: Tensor, loss_class: Tensor, prior_weight: float = 
 class DreamBooth:
     """The method as the training loop sees it: which images it wants drawn, and the loss of a step."""
 
-    draws = "class images"  # what the base draws before training
+    draws, counted_by = "class images", "class_images"  # what the base draws first, and the flag that says how many
     needs = ()  # beside the two denoising losses
 
     def __init__(self, prior_weight: float = 1.0):

@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
 import torch
 from PIL import Image, ImageDraw
@@ -40,6 +41,7 @@ from metrics import Metrics
 from model.stable_diffusion import StableDiffusion
 from model.weights import read_tensors, save_tensors
 from reward import MEANS
+from rpo import preference_label
 from subject import Subject, load_photos, load_subject
 from toy import world
 from toy.networks import WEIGHTS
@@ -204,17 +206,15 @@ class Bench:
             flags += ["--validate-every", self.steps]
         Watched.folder = folder / "validations"
         Watched.folder.mkdir(parents=True, exist_ok=True)
-        coin = train.preference_label
+        label = expected_label if name in GROUPS["coin"] else preference_label
         try:
             start, train.Trainer = time.time(), Watched
-            if name in GROUPS["coin"]:
-                train.preference_label = lambda p, draws: (coin(p, draws), p)[1]  # draws what follows as ever
-            if status := train.run(train.flags().parse_args(list(map(str, flags)))):
-                sys.exit(status)
+            with mock.patch.object(train, "preference_label", label):
+                if status := train.run(train.flags().parse_args(list(map(str, flags)))):
+                    sys.exit(status)
             seconds = time.time() - start + Watched.last.spared
             self.note_choices(subject, seed, name, round(seconds, 1))
         finally:
-            train.preference_label = coin
             shutil.rmtree(folder)
 
     def note_choices(self, subject: Subject, seed: int, name: str, seconds: float) -> None:
@@ -314,12 +314,17 @@ class Bench:
         left, height = 110, rows[0][1].height
         page = Image.new("RGB", (left + rows[0][1].width, height * (len(rows) + 1)), "white")
         photos = world.sheet([Image.open(p) for p in sorted((self.out / "photos" / subject).iterdir())], 5)
-        # Pillow's own font has no λ.
-        shown = [name.replace(", ", ",\n").replace("λ", "lambda") for name in ("photos", *(name for name, _ in rows))]
-        for i, row in enumerate([photos, *(row for _, row in rows)]):
+        for i, (name, row) in enumerate([("photos", photos), *rows]):
             page.paste(row, (left, i * height))
-            ImageDraw.Draw(page).text((4, i * height + height // 2), shown[i], fill="black")
+            name = name.replace(", ", ",\n").replace("λ", "lambda")  # Pillow's own font has no λ
+            ImageDraw.Draw(page).text((4, i * height + height // 2), name, fill="black")
         page.save(path)
+
+
+def expected_label(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """In `preference_label`'s place: P instead of the coin, which falls all the same, so that later draws are equal."""
+    preference_label(p, generator)
+    return p
 
 
 def spread(values: list[float], of_mean: bool = False, sign: str = "") -> str:
