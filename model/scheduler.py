@@ -81,7 +81,10 @@ class Scheduler:
 
     def _signal_and_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1-ᾱ_t) on `like`'s device, shaped (B or 1, 1, ...) to multiply it."""
-        a = self.alphas_cumprod.to(like.device)[torch.as_tensor(t, device=like.device)]
+        if isinstance(t, int):  # without waiting for the GPU
+            a = self.alphas_cumprod[t].to(like.device, non_blocking=True)
+        else:
+            a = self.alphas_cumprod.to(like.device)[t.to(like.device)]
         a = a.reshape(-1, *[1] * (like.ndim - 1))
         return a.sqrt(), (1 - a).sqrt()
 
@@ -116,7 +119,7 @@ class Scheduler:
         leading    multiples of T // steps, plus `steps_offset`: what DDPM and DDIM use in the SD releases.
         trailing   T, T - T/steps, ..., minus 1: starts at the noisiest t.
         linspace   evenly from T-1 down to 0.
-        dpm++ lays its grid with one point more and drops the cleanest, from which its last step goes to x_0 itself.
+        dpm++ lays leading and linspace with one point more and drops the cleanest: its last step goes to x_0 itself.
         (Spacings as named in table 2 of arXiv 2305.08891.) Raises ValueError unless 1 <= steps <= T.
         """
         count = self.config.num_train_timesteps
@@ -172,9 +175,10 @@ class Scheduler:
             return randn(latents.shape[1:], generators, latents.device)
 
         x = latents.to(torch.promote_types(latents.dtype, torch.float32))  # half precision would lose the small steps
+        asked = torch.tensor(times, device=latents.device)
         before = None  # x_0 and ᾱ of the step before, for dpm++
         for i, t in enumerate(times):
-            prediction = denoise(x.to(latents.dtype), torch.tensor(t, device=latents.device))
+            prediction = denoise(x.to(latents.dtype), asked[i])
             x_0, eps = self.to_x0_eps(prediction, x, t)
             if sampler == "ddpm":
                 x = ddpm_step(x, x_0, levels[i], levels[i + 1], draw)
