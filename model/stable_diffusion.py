@@ -169,12 +169,14 @@ class StableDiffusion:
         return torch.stack([self._contexts[prompt] for prompt in prompts])
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 8) -> tuple[Tensor, Tensor]:
+    def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents' posterior, each (B, 4, H/8, W/8), of RGB pictures of one size.
 
-        Draw latents with mean + std * noise. They are the VAE's own times its scaling factor.
+        Draw latents with mean + std * noise. They are the VAE's own times its scaling factor. One picture at a time on
+        a GPU: at 512 px each takes 0.7 GB, in fp32.
         """
         means, stds, scale = [], [], self.vae.config.scaling_factor
+        batch_size = 1 if self.device.type == "cuda" else 8
         for start in range(0, len(images), batch_size):
             mean, logvar = self.vae.encode(to_pixels(images[start : start + batch_size]).to(self.device))
             means.append(scale * mean)
