@@ -108,17 +108,18 @@ def average(parameters: Iterable[Tensor], weight: float) -> None:
     """Put the sum over the ranks of weight x gradient in the place of each gradient; the weights sum to 1."""
     if world() == 1:
         return
-    bucket = []
+    bucket, size = [], 0
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for i, gradient in enumerate(gradients):
         bucket.append(gradient)
-        if i + 1 == len(gradients) or sum(map(torch.numel, bucket)) + gradients[i + 1].numel() > BUCKET:
+        size += gradient.numel()
+        if i + 1 == len(gradients) or size + gradients[i + 1].numel() > BUCKET:
             flat = torch.cat([each.flatten() for each in bucket]).mul_(weight)
             with _meeting():
                 dist.all_reduce(flat)
             for each, mean in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
                 each.copy_(mean.view(each.shape))
-            bucket = []
+            bucket, size = [], 0
 
 
 def mean(row: dict[str, float], weight: float) -> dict[str, float]:
@@ -142,6 +143,8 @@ def _meeting():
     try:
         yield
     except RuntimeError as error:
+        if "out of memory" in f"{error}":  # our own GPU's: NCCL needs some at its first collective
+            raise
         time.sleep(1)  # what ended the other, such as Ctrl-C, may be on its way here too, and says more
         reason = f"{error}".splitlines()[0]
         raise ConnectionError(f"another process of this run has ended or cannot be reached ({reason})") from None
