@@ -23,7 +23,7 @@ EMBEDDED_BASE = Path(__file__).parent / "weights" / "toy"
 # The paper's settings (table 4), and our own solver steps. A base's rpo.json may recommend others; flags win.
 PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "class_images": 200, "solver_steps": 20}
 LORA_LR = 1e-4
-OURS = {"lora_lr": "usual for LoRA", "solver_steps": "our default", "class_images": "DreamBooth's"}
+OURS = {"lora_lr": "usual for LoRA", "solver_steps": "our default", "class_images": "usual for DreamBooth"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +49,7 @@ def fail(message: object) -> int:
 
 def memory_is_full(error: BaseException) -> bool:
     """Is it that? On a GPU torch has a kind of error for it, on the CPU only words."""
-    words = ("can't allocate memory", "out of memory")
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "unable to find an engine to execute")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in words)
 
 
@@ -85,6 +85,15 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def text(value: str) -> str:
+    """Text that a tokenizer can read: a terminal of another encoding gives bytes that are not UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not UTF-8") from None
+    return value
+
+
 def _number(text: str, kind: type, good: Callable[[float], bool], expected: str):
     try:
         value = kind(text)
@@ -118,7 +127,7 @@ def add_base_flags(parser: argparse.ArgumentParser, default: Path | None, what: 
     """--base and how it is read."""
     add = parser.add_argument
     add("--base", type=path, default=default, help=f"a folder with public weights, or a single file (default: {what})")
-    add("--variant", help="take *.VARIANT.safetensors, such as fp16 (default: the plain files, or the only ones)")
+    add("--variant", help="take *.VARIANT.safetensors, such as fp16 (default: plain files, or the only ones)")
     add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the U-Net predicts (default: as it says)")
 
 
@@ -126,7 +135,9 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """--device and --precision."""
     add = parser.add_argument
     add("--device", help="cpu, cuda or mps, which nobody has tried (default: cuda if there is one)")
-    add("--precision", choices=("fp32", "bf16", "fp16"), help="of the U-Net (default: bf16 on cuda, else fp32)")
+    add(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="(default: bf16 on cuda, or fp16 if it is old, else fp32)"
+    )
 
 
 def base_name(base: Path) -> str:

@@ -56,7 +56,7 @@ class Job:
 
     def done(self) -> dict | None:
         """The result, if it is there already, whole and with these settings."""
-        with suppress(CheckpointError, KeyError, TypeError):
+        with suppress(CheckpointError, KeyError, TypeError, AttributeError):
             result = read_json(self.result)
             complete = len(result["images"]) == 25 * self.settings["n"] and result["means"].keys() == TITLES.keys()
             return result if complete and result["settings"] == self.settings else None
@@ -144,6 +144,7 @@ class Evaluator:
             self.loaded = job.base, job.folders, lora
         if job.ckpt:
             self.sd.load_unet(job.ckpt)
+        engine.round_frozen(self.sd.unet, self.sd.precision)
 
     def __call__(self, job: Job) -> dict:
         """Draw, score and write one subject; returns what its JSON file holds."""
@@ -260,10 +261,10 @@ def main() -> int:
     add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--subject", type=cli.path, help="a folder with the subject's photos")
     what.add_argument("--dreambench", type=cli.path, metavar="FOLDER", help="the public data set, a folder a subject")
-    add("--ckpt", help="a checkpoint of train.py; {subject} stands for a subject's folder (default: the base alone)")
-    add("--noun", help="what the subject is, such as dog (default: the checkpoint's, or from the folder's name)")
+    add("--ckpt", help="a checkpoint of train.py; --dreambench puts each for {subject} (default: the base alone)")
+    add("--noun", type=cli.text, help="what it is, such as dog (default: the checkpoint's, or from the folder's name)")
     add("--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: as the noun's)")
-    add("--token", help="the unique token (default: the checkpoint's, or [V])")
+    add("--token", type=cli.text, help="the unique token (default: the checkpoint's, or [V])")
     cli.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     for name in ("clip", "dino", "align"):
         add(f"--{name}", type=cli.path, metavar="FOLDER", help="another, such as a public one (default: the base's)")

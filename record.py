@@ -94,7 +94,8 @@ class Record:
     def load_state(self, parts: dict) -> int:
         """Fill this record and the `parts`, whatever has load_state_dict, by name; returns the step that was done.
 
-        Raises CheckpointError if the state is broken, or of a run with other settings, which it names.
+        Raises CheckpointError if the state is broken, or of a run with other settings, which it names, or if the
+        weights are gone that the run has kept.
         """
         path, ours, changed = self.ckpt.with_suffix(STATE), self.settings, []
         try:
@@ -116,6 +117,8 @@ class Record:
             raise CheckpointError(f"{path} is broken ({type(error).__name__}): drop --resume to start anew") from None
         if changed:
             raise CheckpointError(f"{path} is of a run with other settings ({'; '.join(changed)}): give the same ones")
+        if self.kept and not self.ckpt.is_file():
+            raise CheckpointError(f"{self.ckpt} is missing, which that run has kept: put it back, or start anew")
         return done
 
 
@@ -151,6 +154,7 @@ def check_place(ckpt: Path, resume: bool, photos: Path) -> None:
     if resume and not state.is_file():
         raise ValueError(f"there is nothing to resume: {state} is missing")
     if ckpt.exists() and not resume:
-        print(f"{ckpt} exists and will be replaced at the first validation after step 0; --ckpt NAME keeps it")
+        print(f"{ckpt} exists and will be replaced at the first validation after step 0, its .jsonl and .png at")
+        print("step 0; --ckpt NAME keeps them")
     if state.exists() and not resume:
         print(f"{state} is of an interrupted run and will be replaced; --resume goes on with it")

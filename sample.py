@@ -29,6 +29,8 @@ def run(args) -> int:
     base, variant, prediction_type = cli.base_of(args, args.ckpt, header)
     check_layout(base)
     cli.check_writable(args.export_single or args.out / "grid.png")
+    if args.export_single and args.export_single.resolve() in [path.resolve() for path in (args.ckpt, base) if path]:
+        raise ValueError(f"--export-single {args.export_single} would replace what it is made of: give another name")
     sd = StableDiffusion.from_pretrained(base, cli.device(args.device), variant, prediction_type)
     sd.precision = PRECISIONS[engine.precision(args.precision, sd.device)]
     if args.ckpt:
@@ -38,6 +40,7 @@ def run(args) -> int:
         cli.write_whole(args.export_single, lambda path: sd.export(path, whole))
         print(f"{args.export_single}: U-Net, VAE and text encoder in one file, in half precision")
         return 0
+    engine.round_frozen(sd.unet, sd.precision)
     told_by = home_of(base) / "rpo.json"
     steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, sd.recommended, told_by)
     subject = f"a {header.get('token', '[V]')} {header['noun']}" if "noun" in header else "a dog"
@@ -70,7 +73,7 @@ def main() -> int:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--ckpt", type=cli.path, help="a checkpoint of train.py (default: none, the base itself)")
-    add("--prompt", action="append", help="what to draw; may be given several times (default: four prompts)")
+    add("--prompt", type=cli.text, action="append", help="what to draw; may be given again (default: four prompts)")
     add("--n", type=cli.count, default=4, help="pictures a prompt, with seeds --seed, --seed + 1, ... (default: 4)")
     add("--seed", type=cli.seed, default=0, help="the first picture's seed (default: 0)")
     add("--steps", type=cli.count, help="sampler steps (default: 20, or what the base recommends)")

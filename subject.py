@@ -129,6 +129,8 @@ def load_subject(folder: Path | str, noun: str | None = None, live: bool | None 
     noun, token = " ".join(noun.split()), token.strip()
     if not noun:
         raise SubjectError(f"no noun for {folder}: say what the photos show, for example --noun dog")
+    if not noun.isprintable():  # bytes of a folder's name that are not UTF-8
+        raise SubjectError(f"the noun {noun!r} is no readable text: say what the photos show, for example --noun dog")
     if not token:
         raise SubjectError("the unique token is empty: give one that means nothing yet, for example [V]")
     if token in noun.split():

@@ -50,7 +50,11 @@ def generator(seed: int, *position: int) -> torch.Generator:
 
 
 def method_of(args: argparse.Namespace, sd: StableDiffusion) -> RPO | DreamBooth | DPG:
-    """A method says which pictures the base draws before training, what its loss needs, and the loss of a step."""
+    """A method says which pictures the base draws before training, what its loss needs, and the loss of a step.
+
+    It may need "label"; "base_loss_ref" and "base_loss_drawn"; "x_0_hat", "x_0" and "t"; with these, "dino". Its loss
+    is a NamedTuple, of which the loop wants `total` and `similarity`, and the history takes all.
+    """
     if args.method == "rpo":
         return RPO(args.beta, args.preference_weight)
     if args.method == "dreambooth":
@@ -126,6 +130,8 @@ class Trainer:
         self.ref_context = sd.encode_prompts([self.subject.instance_prompt])
         self.drawn_context = sd.encode_prompts(prompts)
         sd.unet = self.unet  # θ draws from here on
+        if "base_loss_ref" not in self.method.needs:
+            self.base_unet = None  # and makes room
         for network in self.away:
             network.cpu()
 
@@ -139,7 +145,8 @@ class Trainer:
         first, last, quiet = self.first_step, args.steps, parallel.rank() > 0
         for step in (bar := tqdm(range(first, last + 1), "training", initial=first - 1, total=last, disable=quiet)):
             record.history.append(self.step(step))
-            bar.set_postfix(similarity=f"{record.history[-1]['similarity']:.3f}", best=f"{record.best_reward:.4f}")
+            kept = "" if record.kept is None else f", kept {record.kept[1]:.4f}"
+            bar.set_postfix_str(f"similarity {record.history[-1]['similarity']:.3f}{kept}")
             if step % args.validate_every == 0 or step == args.steps:
                 self.validate(step)
                 if args.patience and record.stale >= args.patience:
@@ -199,7 +206,7 @@ class Trainer:
         prompts = [prompt for prompt in self.subject.training_prompts for _ in range(args.images_per_prompt)]
         with engine.visiting(self.away, self.sd.device):
             images = self.draw(prompts, args.seed + 1, f"validating step {step}")
-            align_i, align_t = self.alignments = self.reward.alignments(images, prompts)
+            align_i, align_t = self.alignments = self.reward.alignments(images, prompts)  # toy/bench.py has other λ
         reward = self.reward.mean(align_i, align_t, args.lambda_val).mean().item()
         row = {"align_i": align_i.mean().item(), "align_t": align_t.mean().item(), "reward": reward}
         row = {"step": step, **parallel.mean(row, 1 / parallel.world())}  # all ranks must agree on the best
@@ -207,7 +214,7 @@ class Trainer:
         better = self.record.validation(row, images[:: args.images_per_prompt], args.keep_last)
         tqdm.write(
             f"step {step:4d}  ALIGN-I {row['align_i']:.4f}  ALIGN-T {row['align_t']:.4f}  "
-            f"λ-Harmonic {row['reward']:.4f}{'  best so far' if better else '  (the base)' if step == 0 else ''}"
+            f"λ-Harmonic {row['reward']:.4f}{'  kept' if better else '  (the base)' if step == 0 else ''}"
         )
         if parallel.rank() == 0:
             if better:
@@ -290,9 +297,9 @@ def flags() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--subject", type=cli.path, required=True, help="a folder with 4 to 6 photos of the subject")
-    add("--noun", help="what it is, such as dog (default: from the folder's name)")
+    add("--noun", type=cli.text, help="what it is, such as dog (default: from the folder's name)")
     add("--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: from the noun)")
-    add("--token", default="[V]", help="the unique token (default: %(default)s)")
+    add("--token", type=cli.text, default="[V]", help="the unique token (default: %(default)s)")
     cli.add_base_flags(parser, cli.EMBEDDED_BASE, "the embedded one")
     add("--align", type=cli.path, help="the folder of the reward's ALIGN (default: reward/ in the base's folder)")
     add("--ckpt", type=cli.path, default=Path("best.safetensors"), help="the result (default: %(default)s)")
@@ -320,7 +327,7 @@ def flags() -> cli.Parser:
     add("--tau", type=cli.positive, default=1.0, help=f"RPO: temperature of the labels {paper}")
     add("--preference-weight", type=cli.at_least_0, default=1.0, help="RPO: 0 leaves the similarity loss (default: 1)")
     add("--prior-weight", type=cli.at_least_0, default=1.0, help="DreamBooth, DPG: of the class images (default: 1)")
-    add("--class-images", type=cli.count, help="DreamBooth, DPG: how many class images are drawn (default: 200)")
+    add("--class-images", type=cli.count, help="DreamBooth, DPG: how many are drawn (default: 200, or the base's)")
     add("--dpg-reward", choices=REWARDS, default=REWARDS[0], help="DPG: what the critic learns (default: %(default)s)")
     add("--mean", choices=list(MEANS), default="harmonic", help=f"of ALIGN-I and ALIGN-T {paper}")
     add("--keep-last", action="store_true", help="keep the last weights instead of the best: no early stopping")
@@ -332,6 +339,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.ckpt.suffix != ".safetensors":
         parser.error(f"--ckpt {args.ckpt} should end in .safetensors")
+    if args.patience and args.keep_last:
+        parser.error("--patience waits for a better reward, and --keep-last looks at none: leave one out")
     try:
         return run(args)
     except (ValueError, OSError, FloatingPointError) as error:

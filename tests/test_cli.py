@@ -42,6 +42,12 @@ def test_an_empty_path_is_no_path():
         cli.path("")
 
 
+def test_text_is_utf_8():
+    assert cli.text("a café in the snow, 犬") == "a café in the snow, 犬"
+    with pytest.raises(argparse.ArgumentTypeError, match="not UTF-8"):
+        cli.text(os.fsdecode(b"caf\xe9"))  # as a terminal in Latin-1 gives it
+
+
 def test_parser_has_one_line_for_an_error_and_no_abbreviations(capsys):
     parser = cli.Parser(description="a\nb")
     parser.add_argument("--steps", type=cli.count)

@@ -450,6 +450,8 @@ def test_dreambench_goes_on(run, bench, base, asked, tmp_path, capsys, monkeypat
     values = read(result)
     result.write_text(json.dumps(values | {"settings": values["settings"] | {"seed": 1}}), encoding="utf-8")
     assert run(*bench) == 0 and len(asked) == 7 and read(result) == values
+    result.write_text(json.dumps(values | {"means": []}), encoding="utf-8")  # some other file
+    assert run(*bench) == 0 and len(asked) == 8 and read(result) == values
 
 
 def test_dreambench_survives_a_failing_subject(run, bench, asked, tmp_path, capsys):

@@ -69,7 +69,10 @@ def test_a_baseline_draws_class_images_and_asks_nothing_of_the_base_afterwards(r
         lambda self, prompts, *a, **k: drawn.append(prompts) or generate(self, prompts, *a, **k),
     )
     monkeypatch.setattr(UNet, "forward", lambda self, *a: looked.append(self.training) or forward(self, *a))
+    left, prepare = [], train.Trainer.prepare
+    monkeypatch.setattr(train.Trainer, "prepare", lambda self: prepare(self) or left.append(self.base_unet))
     steps, validations = run("--method", method, "--class-images", 3)
+    assert left == [None]  # θ₀'s memory is free
     assert drawn[0] == ["a photo of a dog"] * 3 and len(drawn) == 1 + len(validations)
     assert all("[V]" in prompt for prompt in drawn[1])
     # One U-Net in training mode: a call a step and a call a solver step; the base's are before the loop.

@@ -408,6 +408,12 @@ def test_one_file_holds_what_the_folder_and_the_checkpoint_hold(base, ckpt, run,
     assert drawn[0].std() > 5
 
 
+def test_what_is_exported_is_not_overwritten(base, ckpt, run, tmp_path, capsys):
+    own = Path(shutil.copyfile(ckpt, tmp_path / "own.safetensors"))
+    assert run("--ckpt", own, "--export-single", tmp_path / "sub" / ".." / "own.safetensors") == 2
+    assert "another name" in error_line(capsys) and own.read_bytes() == ckpt.read_bytes()
+
+
 def test_a_file_without_its_tokenizer_says_where_to_get_it(base, run, tmp_path, capsys):
     assert run("--base", base, "--export-single", tmp_path / "whole.safetensors") == 0
     assert run("--base", tmp_path / "whole.safetensors") == 2

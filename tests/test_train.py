@@ -365,6 +365,13 @@ def test_resume_with_other_photos_of_the_same_names_is_refused(run, interrupted,
     assert "'1.png'" in error_line(capsys)
 
 
+def test_resume_without_the_weights_that_were_kept_is_refused(run, interrupted, capsys):
+    state = (interrupted / STATE).read_bytes()
+    (interrupted / "best.safetensors").rename(interrupted / "elsewhere")
+    assert run("--resume") == 2
+    assert "best.safetensors is missing" in error_line(capsys) and (interrupted / STATE).read_bytes() == state
+
+
 @pytest.mark.parametrize("spoil", ["empty", "cut", "text", "other", "lacking", "misshapen"])
 def test_broken_state_is_refused(run, interrupted, capsys, spoil):
     path = interrupted / STATE
@@ -597,6 +604,7 @@ def test_garbage_in_rpo_json(world, base, tmp_path, monkeypatch, capsys, text):
         *[("--lr", value) for value in (0, -1e-4, "nan", "inf", "fast")],
         *[("--beta", 0), ("--guidance", -1), ("--batch", 0), ("--images-per-prompt", 0), ("--solver-steps", 0)],
         *[("--validate-every", 0), ("--patience", 0), ("--seed", -1), ("--seed", 2**63), ("--seed", 0.5)],
+        ("--patience", 3, "--keep-last"),
         *[("--device", value) for value in ("abacus", "meta", "cuda:99", "")],
         *[("--ckpt", "best.pt"), ("--ckpt", ""), ("--token", " "), ("--noun", " "), ("--solver-steps", 1001)],
         *[("--nonsense",), ("--step", 3), ("--steps",)],
