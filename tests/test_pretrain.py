@@ -49,6 +49,14 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole if name != "loss")
 
 
+def test_what_is_done_is_begun_anew(tmp_path):
+    """So that --go-on goes on from weights/toy."""
+    once = run(30)
+    assert not list(tmp_path.iterdir())
+    again = run(30)
+    assert all(torch.equal(again[name], once[name]) for name in once)
+
+
 def test_fixed_modules_stay():
     torch.manual_seed(0)
     before = nn.Linear(4, 8).weight.detach().clone()

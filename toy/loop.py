@@ -45,7 +45,7 @@ def fit(
     minutes_between_saves: float = 4.0,
     fixed: Sequence[nn.Module] = (),
 ) -> None:
-    """Train `network` with AdamW, warm-up and cosine decay, and an average of the weights; resumable.
+    """Train `network` with AdamW, warm-up and cosine decay, and an average of the weights; resumable until it is done.
 
     `loss_of(step)` draws its batch from the step number, so that a resumed run sees what an unbroken one would see.
     `fixed` names the modules inside `network` that are not trained.
@@ -57,10 +57,11 @@ def fit(
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     ema, first, path = EMA(network, decay), 0, data.CACHE / f"{name}.pt"
     if path.exists():
-        state = torch.load(path, weights_only=True, map_location=device)
+        state = torch.load(path, weights_only=True, map_location="cpu")  # AdamW wants its step counts there
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        ema.average, ema.count, first = state["ema"], state["count"], state["step"]
+        ema.average = {key: tensor.to(device) for key, tensor in state["ema"].items()}
+        ema.count, first = state["count"], state["step"]
 
     def checkpoint(step: int) -> None:
         state = {
@@ -98,3 +99,4 @@ def fit(
             checkpoint(step + 1)
             saved = time.time()
     checkpoint(steps)
+    path.unlink()  # done: the next command of this name begins anew, or with --go-on from weights/toy

@@ -1,6 +1,6 @@
 """Train every network of weights/toy from nothing, one command each, in this order:
 
-    python -m toy.pretrain data            # draw the training pictures (a minute)
+    python -m toy.pretrain data            # draw the training pictures (minutes)
     python -m toy.pretrain vae             # the U-Net learns in its latents, so train it first and long
     python -m toy.pretrain vae-full        # whole pictures instead of crops
     python -m toy.pretrain clip            # its text tower conditions the U-Net
@@ -122,7 +122,8 @@ def contrast(a: Tensor, b: Tensor, temperature: Tensor | float, same: Tensor | N
 
     same (n, n) bool: pairs that are not partners but might be, which are left out.
     """
-    logits = F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T / temperature
+    with torch.autocast(a.device.type, enabled=False):  # bf16 has two digits, and the temperature is a hundredth
+        logits = F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T / temperature
     if same is not None:
         logits = logits.masked_fill(same & ~torch.eye(len(a), dtype=torch.bool, device=a.device), -torch.inf)
     target = torch.arange(len(a), device=a.device)
@@ -151,7 +152,8 @@ def tell_kinds(
     """
     image, text, swapped, names = (F.normalize(part.float(), dim=1) for part in (image, text, swapped, names))
     kinds = torch.tensor([world.KINDS.index(KIND.search(text)[0]) for text in texts], device=image.device)
-    logits = image @ names.T / temperature
+    with torch.autocast(image.device.type, enabled=False):
+        logits = image @ names.T / temperature
     apart = (image * (text - swapped)).sum(1) / temperature
     right = (logits.argmax(1) == kinds).float().mean().item()
     return F.cross_entropy(logits, kinds) + F.softplus(-apart).mean(), right
