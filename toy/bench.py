@@ -3,7 +3,7 @@
     python -m toy.bench --quick              # minutes: two subjects, one seed, the four methods, 120 steps
     python -m toy.bench                      # six subjects, two seeds, everything: hours on two cores
     python -m toy.bench --only methods loss  # some groups: rpo, methods, loss, lambda_train, beta_tau, coin, lr
-    python -m toy.bench --only rpo --subjects dog-1 --seeds 0 1 2      # data/dog: README's first table
+    python -m toy.bench --only rpo --subjects dog-1 --seeds 0 1 2 --images 2  # README's first table
 
 Every variant trains with train.py's own Trainer, from the same photos, for the same number of steps, with the base's
 recommended settings. Then the 25 test prompts are drawn with the kept weights, from the same noise, as evaluate.py
@@ -13,7 +13,7 @@ base's, are drawn once, and count for the seconds of each.
 
 --out holds results.jsonl, a line a result; tables.md; and the figures. An interrupted benchmark goes on when it is
 started again. Two may fill one --out side by side, with other --only, --subjects or --seeds. A line counts only for the
-weights, steps and images that it was made with.
+weights, steps, images and precision that it was made with.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import cli
+import engine
 import train
 from metrics import Metrics
-from model.stable_diffusion import StableDiffusion
+from model.stable_diffusion import PRECISIONS, StableDiffusion
 from model.weights import read_tensors, save_tensors
 from reward import MEANS
 from rpo import preference_label
@@ -150,8 +151,11 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
         files = [*sorted(WEIGHTS.rglob("*.safetensors")), WEIGHTS / "rpo.json"]
         weights = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
-        self.made_with = {"weights": weights.hexdigest()[:12], "steps": steps, "images": images}
-        self.sd = StableDiffusion.from_pretrained(WEIGHTS)  # draws the test prompts
+        device = cli.device(None)  # as train.py's
+        precision = engine.precision(None, device)
+        self.made_with = {"weights": weights.hexdigest()[:12], "steps": steps, "images": images, "precision": precision}
+        self.sd = StableDiffusion.from_pretrained(WEIGHTS, device)  # draws the test prompts
+        self.sd.precision = PRECISIONS[precision]
         self.base = {name: tensor.clone() for name, tensor in self.sd.unet.state_dict().items()}
         self.metrics = None
 
@@ -175,7 +179,7 @@ class Bench:
         photos = load_photos(subject, self.sd.image_size)
         folders = (WEIGHTS / "metrics" / "clip", WEIGHTS / "metrics" / "dino", WEIGHTS / "reward")
         if self.metrics is None:
-            self.metrics = Metrics.from_folders(*folders, photos=photos, token=subject.token)
+            self.metrics = Metrics.from_folders(*folders, photos=photos, token=subject.token, device=self.sd.device)
         self.metrics = self.metrics.of(photos, subject.token)
         return subject
 
