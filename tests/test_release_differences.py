@@ -220,11 +220,11 @@ SHELL = {"lambda": "0.3", "resume": "--resume"}  # variables of the job array; t
 
 
 def commands():
-    """Every `python SCRIPT.py ...` of the README and of the scripts' own first lines: (script, its arguments)."""
+    """Every call of a script in the README and in the scripts' own first lines: (script, its arguments)."""
     scripts = {module.__name__: module for module in (train, sample, evaluate)}
     texts = [(ROOT / "README.md").read_text(encoding="utf-8"), *(module.__doc__ for module in scripts.values())]
     lines = "\n".join(texts).replace("\\\n", " ")
-    found = re.findall(rf"python ({'|'.join(scripts)})\.py((?: [^`\n&|]+)?)", lines)
+    found = re.findall(rf"(?:python|torchrun [^\n]*?) ({'|'.join(scripts)})\.py((?: [^`\n&|]+)?)", lines)
     found = [(name, Template(rest).safe_substitute(SHELL)) for name, rest in found]
     return [(scripts[name], shlex.split(rest, comments=True)) for name, rest in dict.fromkeys(found)]
 
