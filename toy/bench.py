@@ -89,7 +89,7 @@ The authors' own, with Stable Diffusion 2.1 on DreamBench's 30 subjects (arXiv 2
 """
 VALIDATED = {"λ-Harmonic": "reward", "ALIGN-I": "align_i", "ALIGN-T": "align_t"}  # on the validation's own prompts
 SCORES = {"DINO": "dino", "CLIP-I": "clip_i", "CLIP-T": "clip_t"}  # on the test prompts
-LOGGED = {"P": "p", "share of y = 1": "label", "Δ": "margin", "mean \\|Δ\\|": "|margin|", "agreement": "accuracy"}
+LOGGED = {"P": "p", "share of y = 1": "label", "Δ": "margin", "\\|Δ\\|": "|margin|", "agreement": "accuracy"}
 FIGURE_PROMPTS = 6
 
 
@@ -301,13 +301,16 @@ class Bench:
             *self.table("λ_train", [*rpo, *names["lambda_train"]]),
             *self.table("β and τ", [*rpo, *names["beta_tau"]]),
             *self.table("Learning rates", names["lr"]),
-            f"| labels and margins | {' | '.join(LOGGED)} |",
-            "|---|" + "---|" * len(LOGGED),
+            "Means over the second half of a run's steps; a step's Δ and P are means over its pairs.\n",
+            f"| labels and margins | runs | {' | '.join(LOGGED)} |",
+            "|---|" + "---|" * (1 + len(LOGGED)),
         ]
         for name in [name for group in ("rpo", "loss", "coin", "lambda_train", "beta_tau") for name in GROUPS[group]]:
             if rows := self.rows(variant=name, choice=""):
-                cells = [f"{statistics.mean(row[key] for row in rows):.4f}" for key in LOGGED.values()]
-                lines.append(f"| {name} | {' | '.join(cells)} |")
+                cells = {title: f"{statistics.mean(row[key] for row in rows):.4f}" for title, key in LOGGED.items()}
+                if name in GROUPS["coin"]:  # its y is no label to agree with
+                    cells |= {"share of y = 1": "", "agreement": ""}
+                lines.append(f"| {name} | {len(rows)} | {' | '.join(cells.values())} |")
         (self.out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def figure(self, path: Path, subject: str, seed: int, names: list[str]) -> None:
