@@ -3,7 +3,7 @@
 best.safetensors   the U-Net of the kept validation, in the public layout, its settings in the header
 best.jsonl         the history: a line a step or validation
 best.png           the film strip
-best.state.pt      all that --resume needs; train.py removes it at the end
+best.state.pt      all that --resume needs, written the more rarely the larger it is; train.py removes it at the end
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 import cli
-from model.weights import CheckpointError, save_tensors
+from model.weights import CheckpointError, read_metadata, save_tensors
 from pictures import film_strip
 from subject import Subject
 
 VERSION = "0.1.0"
 STATE = ".state.pt"
+PAUSE = 20e-9  # seconds a byte between two states: of SD 1.5's whole U-Net 200 s, of the embedded one's 2
 
 
 class Record:
@@ -44,7 +46,8 @@ class Record:
         self.best_step, self.best_reward = None, -math.inf
         self.kept = None  # step and reward of the weights that are in the file
         self.stale = 0  # validations since the best one
-        self.saved = False  # is there something to resume from?
+        self.saved = None  # the step that there is to resume from
+        self.last_state = time.time()
 
     def validation(self, row: dict, images: list[Image.Image], keep_last: bool = False) -> bool:
         """Note a validation: its row, with step and reward, and a picture a prompt. Is it to be kept?
@@ -84,12 +87,18 @@ class Record:
         return f"{text}: reward {reward:.4f}, the base's is {base:.4f}{note}"
 
     def save_state(self, step: int, parts: dict[str, dict]) -> None:
-        """All that is needed to go on after `step` as if nothing had happened; parts: state_dicts by name."""
+        """All that is needed to go on after `step` as if nothing had happened, unless the last was written just now.
+
+        parts: state_dicts by name. AdamW's two averages are twice as large as the weights, parts["unet"].
+        """
+        size = 3 * sum(tensor.nbytes for tensor in parts["unet"].values())
+        if time.time() - self.last_state < PAUSE * size:
+            return
         strip = [(step, reward, torch.from_numpy(np.stack(images))) for step, reward, images in self.strip]
         best = (self.best_step, self.best_reward, self.stale)
         state = {"run": self.settings, "step": step, "best": best, "history": self.history, "strip": strip, **parts}
         cli.write_whole(self.ckpt.with_suffix(STATE), lambda path: torch.save(state, path))
-        self.saved = True
+        self.saved, self.last_state = step, time.time()
 
     def load_state(self, parts: dict) -> int:
         """Fill this record and the `parts`, whatever has load_state_dict, by name; returns the step that was done.
@@ -110,7 +119,7 @@ class Record:
                 self.strip = [
                     (s, r, [Image.fromarray(image) for image in images.numpy()]) for s, r, images in state["strip"]
                 ]
-                self.history, self.saved, done = state["history"], True, state["step"]
+                self.history, self.saved = state["history"], state["step"]
         except Exception as error:  # torch raises many kinds for a broken file
             if cli.memory_is_full(error):
                 raise
@@ -119,7 +128,10 @@ class Record:
             raise CheckpointError(f"{path} is of a run with other settings ({'; '.join(changed)}): give the same ones")
         if self.kept and not self.ckpt.is_file():
             raise CheckpointError(f"{self.ckpt} is missing, which that run has kept: put it back, or start anew")
-        return done
+        if self.kept:  # it may be of a later validation than the state
+            header = read_metadata(self.ckpt)
+            self.kept = int(header.get("step", self.kept[0])), float(header.get("reward", self.kept[1]))
+        return self.saved
 
 
 def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:

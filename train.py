@@ -228,7 +228,7 @@ class Trainer:
         return {"unet": self.learned, "optimizer": self.optimizer, "scaler": self.scaler, "method": self.method}
 
     def resume(self) -> None:
-        """Go on from the last validation. Raises CheckpointError as Record.load_state does."""
+        """Go on from the last state. Raises CheckpointError as Record.load_state does."""
         self.first_step = self.record.load_state(self.learning()) + 1
 
 
@@ -284,7 +284,8 @@ def run(args: argparse.Namespace) -> int:
         trainer.prepare()
         trainer.train()
     except KeyboardInterrupt:
-        hint = "--resume goes on from the last validation" if trainer.record.saved else "start again"
+        saved = trainer.record.saved
+        hint = "start again" if saved is None else f"--resume goes on after step {saved}"
         print(f"\ninterrupted: {trainer.record.summary()}; {hint}")
         return 130
     args.ckpt.with_suffix(STATE).unlink(missing_ok=True)

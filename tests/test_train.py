@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,6 +330,27 @@ def test_interrupted_while_the_checkpoint_is_written_tells_what_is_there(run, tm
     assert run("--keep-last") == 130  # at step 4
     assert "interrupted: kept step 2 in" in capsys.readouterr().out
     assert read_metadata(tmp_path / "best.safetensors")["step"] == "2"
+
+
+def test_a_large_state_is_written_more_rarely_and_resumes_as_well(run, tmp_path, monkeypatch, capsys):
+    """The weights in the file are then those of a later validation than the state's."""
+    options = ("--validate-every", 1, "--keep-last")
+    assert run(*options, "--ckpt", "whole/best.safetensors") == 0
+    size = 3 * sum(tensor.nbytes for tensor in load_file(tmp_path / "whole" / "best.safetensors").values())
+    monkeypatch.setattr(record, "PAUSE", 150 / size)
+    clock = iter(range(0, 10_000, 100))  # 100 s pass between two looks
+    monkeypatch.setattr(record, "time", SimpleNamespace(time=lambda: next(clock)))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert run(*options) == 130
+        assert torch.load(tmp_path / STATE)["step"] == 1
+        assert "kept step 2" in (out := capsys.readouterr().out) and "--resume goes on after step 1" in out
+        interrupt_at(patch, 2)
+        assert run(*options, "--resume") == 130
+        assert "kept step 2" in capsys.readouterr().out
+    assert run(*options, "--resume") == 0
+    assert "going on after step 1" in capsys.readouterr().out
+    assert same_files(tmp_path, tmp_path / "whole")
 
 
 @pytest.fixture
