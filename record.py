@@ -93,6 +93,8 @@ class Record:
         """
         size = 3 * sum(tensor.nbytes for tensor in parts["unet"].values())
         if time.time() - self.last_state < PAUSE * size:
+            if self.saved is None:  # an older run's would not go with what this one has kept
+                self.ckpt.with_suffix(STATE).unlink(missing_ok=True)
             return
         strip = [(step, reward, torch.from_numpy(np.stack(images))) for step, reward, images in self.strip]
         best = (self.best_step, self.best_reward, self.stale)

@@ -340,6 +340,11 @@ def test_a_large_state_is_written_more_rarely_and_resumes_as_well(run, tmp_path,
     monkeypatch.setattr(record, "PAUSE", 150 / size)
     clock = iter(range(0, 10_000, 100))  # 100 s pass between two looks
     monkeypatch.setattr(record, "time", SimpleNamespace(time=lambda: next(clock)))
+    (tmp_path / STATE).write_text("of an older run", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 1)
+        assert run(*options) == 130
+        assert not (tmp_path / STATE).exists() and "start again" in capsys.readouterr().out
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, 3)
         assert run(*options) == 130
