@@ -24,7 +24,7 @@ from model.stable_diffusion import StableDiffusion
 RESULTS = Path(__file__).with_name("RESULTS.md")
 TITLE = "# Results of the benchmarks\n\nWritten by the commands named, with --write; a section a command and machine.\n"
 HEAD = "| | ours, s | diffusers, s | diffusers / ours |\n|---|---|---|---|"
-MOST_DIFFERENCE = {"cpu": 1e-4, "cuda": 2e-2}  # on average, of outputs of order 1: fp32, and bf16 with its 3 digits
+MOST_DIFFERENCE = {"cpu": 1e-3, "cuda": 2e-2}  # of outputs of order 1: fp32, and bf16, which keeps three digits
 
 
 # ------------------------------------------------------------------------------------------------------- the machine
@@ -217,8 +217,12 @@ def row(title: str, ours: list[float], theirs: list[float]) -> str:
 
 
 def check_same(ours: torch.Tensor, theirs: torch.Tensor, most: float, what: str) -> None:
-    """Raise ValueError if the two differ by more than `most` on average: then they do not do the same job."""
-    if ours.shape != theirs.shape or not (difference := (ours.float() - theirs.float()).abs().mean().item()) <= most:
+    """Raise ValueError if the two differ by more than `most`: then they do not do the same job, and no time counts.
+
+    At most, or for a GPU's on average: of ten thousand bf16 numbers one differs by more than the rest.
+    """
+    kind = torch.mean if ours.is_cuda else torch.max
+    if ours.shape != theirs.shape or not (difference := kind((ours.float() - theirs.float()).abs()).item()) <= most:
         found = f"by {difference:.1e}" if ours.shape == theirs.shape else f"in shape, {ours.shape} and {theirs.shape}"
         raise ValueError(f"{what}: ours and diffusers' differ {found}, so their times cannot be compared")
 
