@@ -128,10 +128,10 @@ class Record:
             raise CheckpointError(f"{path} is broken ({type(error).__name__}): drop --resume to start anew") from None
         if changed:
             raise CheckpointError(f"{path} is of a run with other settings ({'; '.join(changed)}): give the same ones")
-        if self.kept and not self.ckpt.is_file():
-            raise CheckpointError(f"{self.ckpt} is missing, which that run has kept: put it back, or start anew")
-        if self.kept:  # it may be of a later validation than the state
-            header = read_metadata(self.ckpt)
+        if self.kept:
+            if not self.ckpt.is_file():
+                raise CheckpointError(f"{self.ckpt} is missing, which that run has kept: put it back, or start anew")
+            header = read_metadata(self.ckpt)  # it may be of a later validation than the state
             self.kept = int(header.get("step", self.kept[0])), float(header.get("reward", self.kept[1]))
         return self.saved
 
