@@ -272,9 +272,7 @@ class CLIP(nn.Module):
         return self.text_projection(hidden[torch.arange(len(ids), device=ids.device), end])
 
     def preprocess(self, images: list[Image.Image]) -> Tensor:
-        """Photos -> float32 (n, 3, image_size, image_size): short edge resized, centre cut out, mean and std taken out.
-
-        Transparency is laid on white, as transformers 5 does; OpenAI's code drops it and shows what lies beneath."""
+        """PIL images -> fp32 (n, 3, image_size, image_size): short edge resized, centre cut out, mean and std out."""
         return torch.stack([_pixels(image, self.pictures) for image in images])
 
 
@@ -286,18 +284,10 @@ def _with_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pixels(image: Image.Image, pictures: CLIPPictures) -> Tensor:
-    image = _on_white(image)
     width, height = (int(pictures.size * edge / min(image.size)) for edge in image.size)
-    image = image.resize((width, height), pictures.resample)
+    image = image.convert("RGB").resize((width, height), pictures.resample)
     left, top = (width - pictures.crop_size) // 2, (height - pictures.crop_size) // 2
     image = image.crop((left, top, left + pictures.crop_size, top + pictures.crop_size))
     values = (np.asarray(image) / 255).astype(np.float32)
     values = (values - np.float32(pictures.image_mean)) / np.float32(pictures.image_std)
     return torch.from_numpy(rearrange(values, "h w c -> c h w"))
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

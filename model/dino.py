@@ -149,10 +149,10 @@ class DINO(nn.Module):
         return self.layernorm(self.encoder(self.embeddings(pixels))[:, 0])
 
     def preprocess(self, images: list[Image.Image]) -> Tensor:
-        """Photos -> float32 (n, 3, image_size, image_size): resized to a square without a crop, mean and std taken out.
+        """PIL images -> fp32 (n, 3, image_size, image_size): resized to a square without a crop, mean and std out.
 
         This is the published checkpoint's own preprocessing; DINO's evaluation code resizes the short edge to 256
-        (bicubic) and cuts out the centre, and gives other scores. Transparency is laid on white."""
+        (bicubic) and cuts out the centre, and gives other scores."""
         return torch.stack([_pixels(image, self.pictures) for image in images])
 
 
@@ -166,14 +166,7 @@ def _dense(width_in: int, width_out: int) -> nn.ModuleDict:
 
 
 def _pixels(image: Image.Image, pictures: DINOPictures) -> Tensor:
-    image = _on_white(image).resize((pictures.size, pictures.size), pictures.resample)
+    image = image.convert("RGB").resize((pictures.size, pictures.size), pictures.resample)
     values = (np.asarray(image) / 255).astype(np.float32)
     values = (values - np.float32(pictures.image_mean)) / np.float32(pictures.image_std)
     return torch.from_numpy(rearrange(values, "h w c -> c h w"))
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

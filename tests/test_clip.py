@@ -174,7 +174,8 @@ def test_preprocess_equals_transformers(tmp_path, settings):
     copies = [image.copy() for image in images]
     pixels = ours.preprocess(images)
     assert pixels.shape == (len(images), 3, 40, 40) and pixels.dtype == torch.float32 and pixels.is_contiguous()
-    assert pixels.equal(theirs(images, return_tensors="pt").pixel_values)
+    expected = theirs([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+    assert pixels.equal(expected)
     assert images == copies
 
 

@@ -114,13 +114,6 @@ def test_preprocess_equals_transformers(tmp_path, settings):
     assert pixels.equal(expected)
 
 
-def test_transparency_is_white(tmp_path):
-    reference(tmp_path)
-    ours = DINO.from_pretrained(tmp_path)
-    clear, white = Image.new("RGBA", (50, 60), (200, 10, 10, 0)), Image.new("RGB", (50, 60), "white")
-    assert ours.preprocess([clear]).equal(ours.preprocess([white]))
-
-
 def test_preprocess_refuses_another_size(tmp_path):
     reference(tmp_path)
     for size in (224, {"shortest_edge": 40}, {"height": 40, "width": 48}):

@@ -109,7 +109,7 @@ def network(kind, side, settings):
 
 
 def in_colour(image):
-    """RGB, transparency on white. CLIP's processor does this itself; DINO's and ALIGN's want it done."""
+    """RGB, transparency on white, as subject.py opens a photo."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -124,9 +124,9 @@ def test_every_bit_is_the_public_processors(kind, where):
     side = SIDES[kind][where == "toy"]
     ours, theirs = network(kind, side, settings), PROCESSORS[kind](**settings)
     for image in photographs():
-        # Which colour lies under transparency is subject.py's to say before a photo reaches ALIGN.
-        given = in_colour(image) if kind == "align" else image
-        expected = theirs(image if kind == "clip" else in_colour(image), return_tensors="pt").pixel_values
+        # Which colour lies under transparency is subject.py's to say; all other modes are the network's own to convert.
+        given = in_colour(image) if image.has_transparency_data else image
+        expected = theirs(in_colour(image), return_tensors="pt").pixel_values
         got = ours.preprocess([given])
         assert got.shape == expected.shape == (1, 3, side, side) and got.dtype == torch.float32
         assert torch.equal(got, expected), (image.size, image.mode, (got - expected).abs().max())
