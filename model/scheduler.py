@@ -44,7 +44,7 @@ class SchedulerConfig:
 
     def __post_init__(self):
         allowed = {
-            "beta_schedule": ("scaled_linear", "linear"),
+            "beta_schedule": ("scaled_linear",),
             "prediction_type": ("epsilon", "v_prediction"),
             "timestep_spacing": (None, "leading", "trailing", "linspace"),
             "trained_betas": (None,),
@@ -67,10 +67,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig = SchedulerConfig()):
         self.config = config
         start, end, count = config.beta_start, config.beta_end, config.num_train_timesteps
-        if config.beta_schedule == "linear":  # DDPM's own
-            betas = torch.linspace(start, end, count, dtype=torch.float32, device="cpu")
-        else:  # latent diffusion's: √β is linear
-            betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32, device="cpu") ** 2
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32, device="cpu") ** 2  # √β is linear
         self.alphas_cumprod = (1 - betas).cumprod(0)
 
     @classmethod
@@ -89,14 +86,14 @@ class Scheduler:
         return a.sqrt(), (1 - a).sqrt()
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """x_t ~ q(x_t|x_0) = √ᾱ_t x_0 + √(1-ᾱ_t) ε (DDPM, arXiv 2006.11239, eq. 4), in x_0's shape and dtype."""
+        """x_t ~ q(x_t|x_0) = √ᾱ_t x_0 + √(1-ᾱ_t) ε (DDPM, arXiv 2006.11239, eq. 4), in x_0's shape."""
         signal, noise = self._signal_and_noise(t, x_0)
-        return (signal * x_0 + noise * eps).to(x_0.dtype)
+        return signal * x_0 + noise * eps
 
     def velocity(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans and Ho, arXiv 2202.00512, section 4), in x_0's shape and dtype."""
+        """v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans and Ho, arXiv 2202.00512, section 4), in x_0's shape."""
         signal, noise = self._signal_and_noise(t, x_0)
-        return (signal * eps - noise * x_0).to(x_0.dtype)
+        return signal * eps - noise * x_0
 
     def target(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
         """What the network is trained to predict from x_t: ε, or v for a v-prediction base."""
@@ -150,78 +147,68 @@ class Scheduler:
         steps: int,
         sampler: str = "dpm++",
         generators: Sequence[torch.Generator] | None = None,
-        eta: float = 0.0,
-        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Walk from noise to data: `latents` (B, ...) ~ N(0, I) become x_0, in the same shape, dtype and device.
+        """Walk from noise to data: `latents` (B, ...) ~ N(0, I), fp32, become x_0, in the same shape.
 
-        denoise      (x_t, t) -> prediction; x_t in the latents' dtype, t a 0-d int64 tensor on their device. Guidance,
-                     if any, is denoise's business.
-        sampler      "ddpm" (`ddpm_step`), "ddim" (`ddim_step`, with `eta`) or "dpm++" (`dpm_step`).
-        generators   one for each image; needed by ddpm, and by ddim with eta > 0. Each image's noise comes from its own
+        denoise      (x_t, t) -> prediction; t a 0-d int64 tensor on the latents' device. Guidance, if any, is denoise's
+                     business.
+        sampler      "ddpm" (`ddpm_step`), "ddim" (`ddim_step`) or "dpm++" (`dpm_step`).
+        generators   one for each image; for ddpm, which alone draws noise. Each image's noise comes from its own
                      generator, so a picture does not depend on the batch it was drawn in.
-        on_step      called with (steps done, x_t in fp32) after every step.
 
         Raises ValueError for an unknown sampler, for steps out of range and for missing generators.
         """
         times = self.timesteps(steps, sampler)
-        if (sampler == "ddpm" or (sampler == "ddim" and eta > 0)) and len(generators or ()) != len(latents):
-            raise ValueError(f"{sampler} draws noise: give one generator for each of the {len(latents)} images")
+        if sampler == "ddpm" and len(generators or ()) != len(latents):
+            raise ValueError(f"ddpm draws noise: give one generator for each of the {len(latents)} images")
         # The level after the last step is clean. DDIM in the SD releases stops at ᾱ_0 instead (set_alpha_to_one false).
         stop_short = sampler == "ddim" and not self.config.set_alpha_to_one
         levels = [*self.alphas_cumprod[times].tolist(), self.alphas_cumprod[0].item() if stop_short else 1.0]
 
-        def draw() -> Tensor:
-            return randn(latents.shape[1:], generators, latents.device)
-
-        x = latents.to(torch.promote_types(latents.dtype, torch.float32))  # half precision would lose the small steps
-        asked = torch.tensor(times, device=latents.device)
+        x, asked = latents, torch.tensor(times, device=latents.device)
         before = None  # x_0 and ᾱ of the step before, for dpm++
         for i, t in enumerate(times):
-            prediction = denoise(x.to(latents.dtype), asked[i])
+            prediction = denoise(x, asked[i])
             x_0, eps = self.to_x0_eps(prediction, x, t)
             if sampler == "ddpm":
-                x = ddpm_step(x, x_0, levels[i], levels[i + 1], draw)
+                z = randn(x.shape[1:], generators, x.device)
+                x = ddpm_step(x, x_0, levels[i], levels[i + 1], z)
             elif sampler == "ddim":
-                x = ddim_step(x_0, eps, levels[i], levels[i + 1], eta, draw)
+                x = ddim_step(x_0, eps, levels[i + 1])
             else:
                 x = dpm_step(x, x_0, levels[i], levels[i + 1], before)
                 before = x_0, levels[i]
-            if on_step is not None:
-                on_step(i + 1, x)
-        return x.to(latents.dtype)
+        return x
 
 
-def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device, dtype=torch.float32) -> Tensor:
-    """Standard normal noise (B, *shape) on `device`: row i from generators[i], drawn where that generator lives.
+def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device) -> Tensor:
+    """Standard normal noise (B, *shape), fp32, on `device`: row i from generators[i], drawn where that generator lives.
 
     With CPU generators a seed gives the same noise, hence the same picture, on every machine.
     """
     rows = [torch.randn(*shape, generator=generator, device=generator.device) for generator in generators]
-    return torch.stack(rows).to(device=device, dtype=dtype)
+    return torch.stack(rows).to(device)
 
 
-def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_s: float, draw: Callable[[], Tensor]) -> Tensor:
+def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_s: float, z: Tensor) -> Tensor:
     """One ancestral step from ᾱ_t to the cleaner ᾱ_s: a draw from q(x_s|x_t, x_0) (DDPM, arXiv 2006.11239, eq. 6-7).
 
-    With α = ᾱ_t/ᾱ_s and β = 1-α (a step may leap over many t):
+    With α = ᾱ_t/ᾱ_s and β = 1-α (a step may leap over many t), and z ~ N(0, I):
     x_s = √ᾱ_s β/(1-ᾱ_t) x_0 + √α (1-ᾱ_s)/(1-ᾱ_t) x_t + σ z,   σ² = β (1-ᾱ_s)/(1-ᾱ_t)   ("fixed small" variance).
+    The last step, to ᾱ_s = 1, has σ = 0.
     """
     alpha = a_t / a_s
     beta = 1 - alpha
     mean = math.sqrt(a_s) * beta / (1 - a_t) * x_0 + math.sqrt(alpha) * (1 - a_s) / (1 - a_t) * x_t
-    sigma = math.sqrt(beta * (1 - a_s) / (1 - a_t))
-    return mean + sigma * draw() if sigma > 0 else mean  # the last step, to ᾱ_s = 1, has none
+    return mean + math.sqrt(beta * (1 - a_s) / (1 - a_t)) * z
 
 
-def ddim_step(x_0: Tensor, eps: Tensor, a_t: float, a_s: float, eta: float, draw: Callable[[], Tensor]) -> Tensor:
-    """One step from ᾱ_t to ᾱ_s along the same ε (DDIM, arXiv 2010.02502, eq. 12 and 16). η = 0 draws no noise.
+def ddim_step(x_0: Tensor, eps: Tensor, a_s: float) -> Tensor:
+    """One step to the cleaner ᾱ_s along the same ε, without new noise (DDIM, arXiv 2010.02502, eq. 12 with σ = 0).
 
-    x_s = √ᾱ_s x_0 + √(1-ᾱ_s-σ²) ε + σ z,   σ = η √((1-ᾱ_s)/(1-ᾱ_t)) √(1-ᾱ_t/ᾱ_s).
+    x_s = √ᾱ_s x_0 + √(1-ᾱ_s) ε.
     """
-    sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
-    mean = math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s - sigma**2) * eps
-    return mean + sigma * draw() if sigma > 0 else mean
+    return math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s) * eps
 
 
 def dpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_s: float, before: tuple[Tensor, float] | None) -> Tensor:
