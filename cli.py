@@ -155,15 +155,15 @@ def base_of(args: argparse.Namespace, ckpt: Path | None, header: dict) -> tuple[
 
     Raises ValueError if the header has to say which base it is and does not, or that base is not there.
     """
+    prediction_type = args.prediction_type or header.get("prediction_type")  # the U-Net's, whichever base it stands on
     if ckpt is None or args.base:
-        return args.base or EMBEDDED_BASE, args.variant, args.prediction_type
+        return args.base or EMBEDDED_BASE, args.variant, prediction_type
     name = header.get("base")
     if not name:
         raise ValueError(f"{ckpt} does not say which base model it belongs to: name it with --base")
     if not base_folder(name).exists():
         raise ValueError(f"{ckpt} belongs to the base model {name}, which is not there: name it with --base")
-    told = {"variant": args.variant, "prediction_type": args.prediction_type}
-    return base_folder(name), *(value or header.get(flag) for flag, value in told.items())
+    return base_folder(name), args.variant or header.get("variant"), prediction_type
 
 
 def recommended(

@@ -331,8 +331,8 @@ def test_base_is_read_as_the_header_says(run, base, dog, tmp_path, monkeypatch):
     monkeypatch.setattr(StableDiffusion, "from_pretrained", note)
     assert run("--ckpt", path, "--subject", dog) == 0
     assert run("--ckpt", path, "--subject", dog, "--prediction-type", "epsilon", "--variant", "x") == 0
-    assert run("--ckpt", path, "--subject", dog, "--base", base) == 0  # another base, which the header knows nothing of
-    assert seen == [(base, "fp16", "v_prediction"), (base, "x", "epsilon"), (base, None, None)]
+    assert run("--ckpt", path, "--subject", dog, "--base", base) == 0  # another base, but the same U-Net
+    assert seen == [(base, "fp16", "v_prediction"), (base, "x", "epsilon"), (base, None, "v_prediction")]
 
 
 def test_base_recommends(run, base, dog, asked, tmp_path, monkeypatch):
