@@ -3,7 +3,7 @@
 best.safetensors   the U-Net of the kept validation, in the public layout, its settings in the header
 best.jsonl         the history: a line a step or validation
 best.png           the film strip
-best.state.pt      all that --resume needs, written the more rarely the larger it is; train.py removes it at the end
+best.state.pt      all that --resume needs, from step 0 on, the more rarely the larger it is; removed at the end
 """
 
 from __future__ import annotations
@@ -92,9 +92,8 @@ class Record:
         parts: state_dicts by name. AdamW's two averages are twice as large as the weights, parts["unet"].
         """
         size = 3 * sum(tensor.nbytes for tensor in parts["unet"].values())
-        if time.time() - self.last_state < PAUSE * size:
-            if self.saved is None:  # an older run's would not go with what this one has kept
-                self.ckpt.with_suffix(STATE).unlink(missing_ok=True)
+        # The first at once: it replaces an older run's, and a run is not done for as long as there is a state.
+        if self.saved is not None and time.time() - self.last_state < PAUSE * size:
             return
         strip = [(step, reward, torch.from_numpy(np.stack(images))) for step, reward, images in self.strip]
         best = (self.best_step, self.best_reward, self.stale)
@@ -149,7 +148,7 @@ def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
 
 def fingerprint(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
     """What must be equal for a run to be the same run. More --steps or another --patience are welcome."""
-    free = {"steps", "patience", "resume", "device", "ckpt", "checkpoint_gradients"}
+    free = {"steps", "patience", "resume", "device", "ckpt", "checkpoint_gradients", "compile"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     photos = {photo.name: hashlib.sha256(photo.read_bytes()).hexdigest()[:8] for photo in subject.photos}
     return settings | {"noun": subject.noun, "photos": photos}

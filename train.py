@@ -214,7 +214,7 @@ class Trainer:
         better = self.record.validation(row, images[:: args.images_per_prompt], args.keep_last)
         tqdm.write(
             f"step {step:4d}  ALIGN-I {row['align_i']:.4f}  ALIGN-T {row['align_t']:.4f}  "
-            f"λ-Harmonic {row['reward']:.4f}{'  kept' if better else '  (the base)' if step == 0 else ''}"
+            f"reward {row['reward']:.4f}{'  kept' if better else '  (the base)' if step == 0 else ''}"
         )
         if parallel.rank() == 0:
             if better:
@@ -270,7 +270,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--solver-steps must be between 1 and {most}, not {args.solver_steps}")
     if not args.lora_rank:
         # Checkpoint and state (fp32, with AdamW's two averages), and the new state beside the old while it is written.
-        cli.check_writable(args.ckpt, 28 * parameters)
+        there = [path.stat().st_size for path in (args.ckpt, args.ckpt.with_suffix(STATE)) if path.exists()]
+        cli.check_writable(args.ckpt, 28 * parameters - sum(there))
 
     trainer = Trainer(args, subject, sd, align, dino)
     if short and not dino:  # which looks at decoded pictures in every step

@@ -342,19 +342,20 @@ def test_a_large_state_is_written_more_rarely_and_resumes_as_well(run, tmp_path,
     monkeypatch.setattr(record, "time", SimpleNamespace(time=lambda: next(clock)))
     (tmp_path / STATE).write_text("of an older run", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 1)
-        assert run(*options) == 130
-        assert not (tmp_path / STATE).exists() and "start again" in capsys.readouterr().out
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 3)
-        assert run(*options) == 130
-        assert torch.load(tmp_path / STATE)["step"] == 1
-        assert "kept step 2" in (out := capsys.readouterr().out) and "--resume goes on after step 1" in out
         interrupt_at(patch, 2)
+        assert run(*options) == 130
+        assert torch.load(tmp_path / STATE)["step"] == 0  # at once: a checkpoint without a state is of a finished run
+        assert "kept step 1" in (out := capsys.readouterr().out) and "--resume goes on after step 0" in out
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 4)
+        assert run(*options) == 130
+        assert torch.load(tmp_path / STATE)["step"] == 2
+        assert "kept step 3" in (out := capsys.readouterr().out) and "--resume goes on after step 2" in out
+        interrupt_at(patch, 3)
         assert run(*options, "--resume") == 130
-        assert "kept step 2" in capsys.readouterr().out
+        assert "kept step 3" in capsys.readouterr().out
     assert run(*options, "--resume") == 0
-    assert "going on after step 1" in capsys.readouterr().out
+    assert "going on after step 2" in capsys.readouterr().out
     assert same_files(tmp_path, tmp_path / "whole")
 
 
@@ -749,6 +750,17 @@ def test_full_disk_is_known_before_the_work(run, tmp_path, capsys, monkeypatch):
     assert run() == 2
     assert "GiB free" in error_line(capsys)
     assert files_in(tmp_path) == []
+
+
+def test_resuming_wants_room_only_for_what_is_not_there_yet(run, interrupted, monkeypatch, capsys):
+    """The checkpoint and the state are replaced: beside them only a new state is needed, 12 bytes a weight."""
+    weights = load_file(interrupted / "best.safetensors").values()
+    new_state = 12 * sum(tensor.numel() for tensor in weights)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, new_state // 2))
+    assert run("--resume") == 2
+    assert "GiB free" in error_line(capsys)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, new_state))
+    assert run("--resume") == 0
 
 
 def test_as_a_command_of_its_own(world, tmp_path):
