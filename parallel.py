@@ -43,6 +43,7 @@ def together(main: Callable[[], int]) -> int:
     gpus = dist.is_nccl_available() and torch.cuda.is_available()
     # Ranks wait long for each other at the end of evaluate.py; one that dies is noticed in any case.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=1))
+    wait()  # lest one that ends at once, over a wrong flag, is gone before the others have met it
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
