@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 import parallel
+from model.stable_diffusion import recommended
 from model.tokenizer import CLIPTokenizer
 
 EMBEDDED_BASE = Path(__file__).parent / "weights" / "toy"
@@ -166,9 +167,7 @@ def base_of(args: argparse.Namespace, ckpt: Path | None, header: dict) -> tuple[
     return base_folder(name), args.variant or header.get("variant"), prediction_type
 
 
-def recommended(
-    settings: dict, name: str, default: float, source: str, kind: Callable[[str], float] | None = None
-) -> float:
+def number(settings: dict, name: str, default: float, source: str, kind: Callable[[str], float] | None = None) -> float:
     """The number called `name` in a base's or a checkpoint's settings, else the default, which says what kind it is.
 
     Raises ValueError, naming the `source` of the settings, for what is no such number.
@@ -179,30 +178,30 @@ def recommended(
         raise ValueError(f"{source} is wrong about {name}: {error}") from None
 
 
-def steps_and_guidance(
-    args: argparse.Namespace, ckpt: Path | None, header: dict, recommends: dict, settings: Path
-) -> tuple[int, float]:
-    """How to draw: --steps and --guidance win, then the guidance in the header of `ckpt`, then what the base recommends
-    in its file `settings`, then 20 steps and the paper's guidance.
+def steps_and_guidance(args: argparse.Namespace, ckpt: Path | None, header: dict, base: Path) -> tuple[int, float]:
+    """How to draw: --steps and --guidance win, then the guidance in the header of `ckpt`, then what the base
+    recommends, then 20 steps and the paper's guidance.
 
     Raises ValueError, naming the file, for a number that cannot be used.
     """
-    steps = args.steps or recommended(recommends, "solver_steps", 20, f"{settings}")
-    guidance = recommended(recommends, "guidance", 7.5, f"{settings}")
-    return steps, args.guidance or recommended(header, "guidance", guidance, f"{ckpt}")
+    recommends, source = recommended(base)
+    steps = args.steps or number(recommends, "solver_steps", 20, f"{source}")
+    guidance = number(recommends, "guidance", 7.5, f"{source}")
+    return steps, args.guidance or number(header, "guidance", guidance, f"{ckpt}")
 
 
-def settle(args: argparse.Namespace, recommends: dict, settings: Path) -> None:
-    """Fill in what train.py's flags left open: what the base recommends in its file `settings`, else the paper's value.
+def settle(args: argparse.Namespace) -> None:
+    """Fill in what train.py's flags left open: what the base recommends, else the paper's value.
 
     Says which is which. Raises ValueError, naming the file, for a number that cannot be used.
     """
+    recommends, told_by = recommended(args.base)
     for name, value in PAPER.items():
         source = "command line"
         if getattr(args, name) is None:
             key, value = ("lora_lr", LORA_LR) if name == "lr" and args.lora_rank else (name, value)
             source = "this base's recommendation" if key in recommends else OURS.get(key, "the paper")
-            setattr(args, name, recommended(recommends, key, value, f"{settings}"))
+            setattr(args, name, number(recommends, key, value, f"{told_by}"))
         if name != "class_images" or args.method != "rpo":
             print(f"  {name:18} {getattr(args, name):<8g} {source}")
 

@@ -77,11 +77,10 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
     subject = subject_of(args, folder, ckpt, header)
     settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
 
-    recommends = read_json(home / "rpo.json") if (home / "rpo.json").is_file() else {}
-    steps, guidance = cli.steps_and_guidance(args, ckpt, header, recommends, home / "rpo.json")
-    size = cli.recommended(header, "resolution", 1, f"{ckpt}") if "resolution" in header else None  # the base's own
+    steps, guidance = cli.steps_and_guidance(args, ckpt, header, base)
+    size = cli.number(header, "resolution", 1, f"{ckpt}") if "resolution" in header else None  # the base's own
     settings |= {"guidance": guidance, "steps": steps, "size": size}
-    told = cli.recommended(header, "lambda_val", 0.3, f"{ckpt}", cli.fraction)
+    told = cli.number(header, "lambda_val", 0.3, f"{ckpt}", cli.fraction)
     settings["lambda_val"] = told if args.lambda_val is None else args.lambda_val
 
     out, result = out or Path(f"{stem}.eval"), Path(f"{stem}.eval.json")

@@ -6,11 +6,9 @@ networks cannot be compared with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from model.align import ALIGN
 from model.clip import CLIP
 from model.dino import DINO
 from model.tokenizer import BertTokenizer, CLIPTokenizer
-from reward import Reward, strip_token
+from reward import Reward, strip_token, unit_features
 
 
 class Metrics:
@@ -86,12 +84,3 @@ class Metrics:
 
     def _clip(self, images: list[Image.Image]) -> Tensor:
         return unit_features(self.clip.image_features, self.clip.preprocess, images, self.device)
-
-
-@torch.no_grad()
-def unit_features(
-    network: Callable[[Tensor], Tensor], prepare: Callable[[list], Tensor], items: list, device: torch.device
-) -> Tensor:
-    """(n, width) of length 1, in fp32: the network's of what `prepare` makes of the items, 16 at a time."""
-    parts = [prepare(items[i : i + 16]).to(device) for i in range(0, len(items), 16)]
-    return torch.cat([F.normalize(network(part).float(), dim=1) for part in parts])

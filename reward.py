@@ -7,6 +7,7 @@ is low when either is, so that neither a copied photo nor a stranger's portrait 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from model.tokenizer import BertTokenizer
 
 
-def lambda_harmonic(image_alignment: Tensor | float, text_alignment: Tensor | float, lam: float) -> Tensor | float:
-    """r = 1 / (λ / ALIGN-I + (1−λ) / ALIGN-T), elementwise, of alignments in [0, 1]; two floats give a float.
+def lambda_harmonic(image_alignment: Tensor, text_alignment: Tensor, lam: float) -> Tensor:
+    """r = 1 / (λ / ALIGN-I + (1−λ) / ALIGN-T), elementwise, of alignments in [0, 1].
 
     λ = 0 is exactly the text alignment and λ = 1 exactly the image alignment, whatever the other is. In between,
     an alignment of 0 makes the reward 0, the limit. Raises ValueError if lam is outside [0, 1].
@@ -31,15 +32,10 @@ def lambda_harmonic(image_alignment: Tensor | float, text_alignment: Tensor | fl
         return text_alignment
     if lam == 1:
         return image_alignment
-    if not isinstance(image_alignment, Tensor) and not isinstance(text_alignment, Tensor):
-        pair = torch.tensor([image_alignment, text_alignment], dtype=torch.float64)
-        return lambda_harmonic(pair[0], pair[1], lam).item()
-    device = image_alignment.device if isinstance(image_alignment, Tensor) else text_alignment.device
-    image, text = (torch.as_tensor(alignment, device=device) for alignment in (image_alignment, text_alignment))
-    return 1 / (lam / image + (1 - lam) / text)  # tensors: x/0 is inf and 1/inf is 0
+    return 1 / (lam / image_alignment + (1 - lam) / text_alignment)  # x/0 is inf and 1/inf is 0
 
 
-def lambda_arithmetic(image_alignment: Tensor | float, text_alignment: Tensor | float, lam: float) -> Tensor | float:
+def lambda_arithmetic(image_alignment: Tensor, text_alignment: Tensor, lam: float) -> Tensor:
     """λ ALIGN-I + (1−λ) ALIGN-T, what the paper compares the harmonic mean with. Raises ValueError as that does."""
     if not 0 <= lam <= 1:
         raise ValueError(f"lam (λ) must lie in [0, 1], not {lam}")
@@ -68,16 +64,13 @@ class Reward:
     """ALIGN's reward for pictures of one subject. The photos are embedded once, here; each text once, when first seen.
 
     align: an ALIGN in eval mode; its device is where the work is done. photos: the reference photos, RGB PIL images.
-    token: the unique token, taken out of every prompt. batch_size: pictures or texts a forward pass.
-    Raises ValueError if there are no photos or batch_size is below 1.
+    token: the unique token, taken out of every prompt. Raises ValueError if there are no photos.
     """
 
-    def __init__(self, align: ALIGN, tokenizer: BertTokenizer, photos: list[Image.Image], token="[V]", batch_size=16):
+    def __init__(self, align: ALIGN, tokenizer: BertTokenizer, photos: list[Image.Image], token: str = "[V]"):
         if not photos:
             raise ValueError("the reward needs at least one reference photo")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        self.align, self.tokenizer, self.token, self.batch_size = align, tokenizer, token, batch_size
+        self.align, self.tokenizer, self.token = align, tokenizer, token
         self.mean = lambda_harmonic  # or another of MEANS
         self.reference_features = self._image_features(photos)  # (photos, features), unit length
         self._text_cache: dict[str, Tensor] = {}  # stripped prompt -> (features,), unit length
@@ -111,25 +104,27 @@ class Reward:
         """r(x, c; λ, I_ref) of each image with its own prompt: (n,) in [0, 1]. Raises ValueError, as the parts do."""
         return self.mean(*self.alignments(images, prompts), lam)
 
-    @torch.no_grad()
     def _image_features(self, images: list[Image.Image]) -> Tensor:
-        weight = next(self.align.parameters())  # its device and dtype are the model's
-        pixels = (self.align.preprocess(batch).to(weight) for batch in self._batches(images))
-        return torch.cat([F.normalize(self.align.image_features(x).float(), dim=1) for x in pixels])
+        device = next(self.align.parameters()).device
+        return unit_features(self.align.image_features, self.align.preprocess, images, device)
 
     @torch.no_grad()
     def _text_features(self, prompts: list[str]) -> Tensor:
-        device = next(self.align.parameters()).device
         texts = [strip_token(prompt, self.token) for prompt in prompts]
-        new = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
-        for batch in self._batches(new):
-            ids, mask = (tensor.to(device) for tensor in self.tokenizer(batch))
+        if new := [text for text in dict.fromkeys(texts) if text not in self._text_cache]:
+            ids, mask = (tensor.to(self.reference_features.device) for tensor in self.tokenizer(new))
             features = F.normalize(self.align.text_features(ids, mask).float(), dim=1)
-            self._text_cache.update(zip(batch, features, strict=True))
+            self._text_cache.update(zip(new, features, strict=True))
         return torch.stack([self._text_cache[text] for text in texts])
 
-    def _batches(self, items: list) -> list[list]:
-        return [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
+
+@torch.no_grad()
+def unit_features(
+    network: Callable[[Tensor], Tensor], prepare: Callable[[list], Tensor], items: list, device: torch.device
+) -> Tensor:
+    """(n, width) of length 1, in fp32: the network's of what `prepare` makes of the items, 16 at a time."""
+    parts = (prepare(items[i : i + 16]).to(device) for i in range(0, len(items), 16))
+    return torch.cat([F.normalize(network(part).float(), dim=1) for part in parts])
 
 
 def _to_unit(cosine: Tensor) -> Tensor:

@@ -67,7 +67,6 @@ def rpo_loss(
     label: Tensor,
     beta: float,
     preference_weight: float = 1.0,
-    check_label: bool = True,
 ) -> RPOLoss:
     """The RPO loss, averaged over the batch.
 
@@ -75,9 +74,7 @@ def rpo_loss(
     base_loss_ref, base_loss_gen: (batch,) the same of the frozen θ₀, with the same ε and t; they get no gradient.
     label: (batch,) y, 1 where the photo is preferred. beta: β > 0, how sharp the preference is; 1.0 in the paper.
     preference_weight: of the second term; 1 in the paper, 0 leaves the similarity alone.
-    check_label: False for labels that are known to be 0 or 1: to look at them is to wait for the GPU.
-    Raises ValueError if the shapes differ, a label is neither 0 nor 1, beta is not a positive number, or the weight is
-    negative or not finite.
+    Raises ValueError if the shapes differ, beta is not a positive number, or the weight is negative or not finite.
     """
     _check_positive("beta", beta)
     if not (preference_weight >= 0 and math.isfinite(preference_weight)):
@@ -85,8 +82,6 @@ def rpo_loss(
     shapes = [tuple(x.shape) for x in (loss_ref, loss_gen, base_loss_ref, base_loss_gen, label)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
         raise ValueError(f"rpo_loss: four losses and the label must all be (batch,), with batch > 0; they are {shapes}")
-    if check_label and not bool(((label == 0) | (label == 1)).all()):
-        raise ValueError("rpo_loss: every label must be 0 or 1")
     y = label.to(loss_ref.dtype)
 
     gain_ref = base_loss_ref.detach() - loss_ref
@@ -115,7 +110,7 @@ class RPO:
     def __init__(self, beta: float = 1.0, preference_weight: float = 1.0):
         self.beta, self.preference_weight = beta, preference_weight
 
-    def drawn_prompts(self, subject, count: int = 4) -> list[str]:
+    def drawn_prompts(self, subject, count: int) -> list[str]:
         """What the base model draws before training, a prompt an image: `count` negatives for each training prompt."""
         return [prompt for prompt in subject.training_prompts for _ in range(count)]
 
@@ -123,16 +118,8 @@ class RPO:
         self, loss_ref: Tensor, loss_drawn: Tensor, base_loss_ref: Tensor, base_loss_drawn: Tensor, label: Tensor
     ) -> RPOLoss:
         """loss_ref, loss_drawn: (n,) ℓ(θ) of photos and of negatives; base_...: of θ₀; label: (n,) y."""
-        beta, weight = self.beta, self.preference_weight
         losses = loss_ref, loss_drawn, base_loss_ref, base_loss_drawn
-        return rpo_loss(*losses, label, beta, weight, check_label=False)  # it is preference_label's
-
-    def state_dict(self) -> dict:
-        """Nothing is learnt beside θ."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """The counterpart of `state_dict`."""
+        return rpo_loss(*losses, label, self.beta, self.preference_weight)
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import cli
 import engine
 from model.scheduler import SAMPLERS
-from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
+from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
 from model.weights import read_metadata
 from pictures import drawn_with, picture_names, save_grid, save_pictures
 
@@ -31,6 +31,7 @@ def run(args) -> int:
     cli.check_writable(args.export_single or args.out / "grid.png")
     if args.export_single and args.export_single.resolve() in [path.resolve() for path in (args.ckpt, base) if path]:
         raise ValueError(f"--export-single {args.export_single} would replace what it is made of: give another name")
+    steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, base)
     sd = StableDiffusion.from_pretrained(base, cli.device(args.device), variant, prediction_type)
     sd.precision = PRECISIONS[engine.precision(args.precision, sd.device)]
     if args.ckpt:
@@ -41,12 +42,10 @@ def run(args) -> int:
         print(f"{args.export_single}: U-Net, VAE and text encoder in one file, in half precision")
         return 0
     engine.round_frozen(sd.unet, sd.precision)
-    told_by = home_of(base) / "rpo.json"
-    steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, sd.recommended, told_by)
     subject = f"a {header.get('token', '[V]')} {header['noun']}" if "noun" in header else "a dog"
     prompts = list(dict.fromkeys(args.prompt or [text.format(subject=subject) for text in DEFAULT_PROMPTS]))
     cli.warn_of_cuts(sd.tokenizer, prompts)
-    size = args.size or cli.recommended(header, "resolution", sd.image_size, f"{args.ckpt}")
+    size = args.size or cli.number(header, "resolution", sd.image_size, f"{args.ckpt}")
 
     texts = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in prompts for i in range(args.n)]

@@ -30,15 +30,14 @@ import engine
 import parallel
 from baselines.dpg import DPG, REWARDS
 from baselines.dreambooth import DreamBooth
-from metrics import unit_features
 from model.align import ALIGN
 from model.dino import DINO
 from model.lora import add_lora, lora_header, lora_tensors, without_lora
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
 from model.tokenizer import BertTokenizer
-from model.weights import CheckpointError, read_json
+from model.weights import CheckpointError
 from record import STATE, Record, check_place, fingerprint, metadata
-from reward import MEANS, Reward
+from reward import MEANS, Reward, unit_features
 from rpo import RPO, denoising_loss, preference_label, preference_probability
 from subject import Subject, load_photos, load_subject
 
@@ -224,8 +223,9 @@ class Trainer:
         parallel.wait()  # lest an error elsewhere ends rank 0 while it writes
 
     def learning(self) -> dict:
-        """Whatever changes from step to step."""
-        return {"unet": self.learned, "optimizer": self.optimizer, "scaler": self.scaler, "method": self.method}
+        """Whatever changes from step to step; of the methods only DPG learns something of its own."""
+        parts = {"unet": self.learned, "optimizer": self.optimizer, "scaler": self.scaler}
+        return parts | ({"method": self.method} if hasattr(self.method, "state_dict") else {})
 
     def resume(self) -> None:
         """Go on from the last state. Raises CheckpointError as Record.load_state does."""
@@ -253,8 +253,7 @@ def run(args: argparse.Namespace) -> int:
 
     prompts = f"prompts of {'living subjects' if subject.live else 'things'}"
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
-    rpo_json = home_of(args.base) / "rpo.json"
-    cli.settle(args, read_json(rpo_json) if rpo_json.is_file() else {}, rpo_json)
+    cli.settle(args)
     short = engine.tell_memory(args, device)
     sd = StableDiffusion.from_pretrained(args.base, device, args.variant, args.prediction_type)
     sd.precision, sd.image_size = PRECISIONS[args.precision], args.resolution or sd.image_size

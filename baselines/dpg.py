@@ -36,8 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-CLASS_PROMPT = "a photo of a {noun}"
-CLASS_IMAGES = 200  # DreamBooth's, for a like comparison; the authors' command has 8
+CLASS_PROMPT = "a photo of a {noun}"  # of as many images as DreamBooth has; the authors' command has 8
 GAMMA = 0.9986
 REWARDS = ("look-forward", "dino")
 
@@ -135,7 +134,7 @@ class DPG:
         self.critic = Critic(channels, seed=seed).to(device)
         self.optimizer = torch.optim.AdamW(self.critic.parameters(), lr=lr, weight_decay=0.01)
 
-    def drawn_prompts(self, subject, count: int = CLASS_IMAGES) -> list[str]:
+    def drawn_prompts(self, subject, count: int) -> list[str]:
         """What the base model draws before training, a prompt an image. Of the subject only `noun` is read."""
         return [CLASS_PROMPT.format(noun=subject.noun)] * count
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 CLASS_PROMPT = "a photo of a {noun}"
-CLASS_IMAGES = 200
 
 
 class DreamBoothLoss(NamedTuple):
@@ -57,17 +56,10 @@ class DreamBooth:
     def __init__(self, prior_weight: float = 1.0):
         self.prior_weight = prior_weight
 
-    def drawn_prompts(self, subject, count: int = CLASS_IMAGES) -> list[str]:
+    def drawn_prompts(self, subject, count: int) -> list[str]:
         """What the base model draws before training, a prompt an image. Of the subject only `noun` is read."""
         return [CLASS_PROMPT.format(noun=subject.noun)] * count
 
     def loss(self, loss_ref: Tensor, loss_drawn: Tensor) -> DreamBoothLoss:
         """loss_ref, loss_drawn: (n,) ℓ of photos and of class images."""
         return dreambooth_loss(loss_ref, loss_drawn, self.prior_weight)
-
-    def state_dict(self) -> dict:
-        """Nothing is learnt beside θ."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """The counterpart of `state_dict`."""

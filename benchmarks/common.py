@@ -162,7 +162,7 @@ class Pair:
     """
 
     def __init__(self, base: Path, device: torch.device):
-        self.device = device
+        self.base, self.device = base, device
         self.ours, self.theirs = StableDiffusion.from_pretrained(base, device), pipeline(base, device)
         last = not self.ours.unet.conv_in.weight.is_contiguous()
         self.layouts = {"both channels_last": torch.channels_last} if last else {}

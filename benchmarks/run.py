@@ -35,6 +35,7 @@ from benchmarks import common
 from benchmarks.common import AsOurs, Pair, Report, alternate, check_same, row
 from benchmarks.phases import DOG, matmul_peak, whole, whole_rows
 from model.align import ALIGN
+from model.stable_diffusion import recommended
 from subject import load_subject
 
 SHORT = ("--steps", "8", "--validate-every", "4", "--images-per-prompt", "1", "--solver-steps", "5")  # for --quick
@@ -86,7 +87,7 @@ def drawing_rows(pair: Pair, pictures: int, steps: int, size: int, repeats: int)
     prompts = [prompts[i % len(prompts)] for i in range(pictures)]
     shape = (pictures, pair.ours.unet.config.in_channels, size // pair.ours.vae.downscale)
     latents = torch.randn(*shape, shape[-1], generator=torch.Generator().manual_seed(0)).to(pair.device)
-    guidance = pair.ours.recommended.get("guidance", 7.5)
+    guidance = recommended(pair.base)[0].get("guidance", 7.5)
 
     def ours():
         seeds = list(range(pictures))
@@ -123,7 +124,7 @@ def trainer_of(sd, base: Path, folder: Path, flags: list[str]) -> train.Trainer:
 
     sd.encode_images = posterior
     with contextlib.redirect_stdout(io.StringIO()):
-        cli.settle(args, sd.recommended, base / "rpo.json")
+        cli.settle(args)
     trainer = train.Trainer(args, load_subject(DOG), sd, ALIGN.from_pretrained(args.align).to(sd.device))
     trainer.draw = lambda prompts, *_, **__: [picture] * len(prompts)
     trainer.prepare()

@@ -45,13 +45,9 @@ class StableDiffusion:
         text_encoder: CLIPTextEncoder,
         tokenizer: CLIPTokenizer,
         scheduler: Scheduler,
-        recommended: dict | None = None,
         device: str | torch.device = "cpu",
     ):
-        """`recommended`: settings for train.py and sample.py that suit this base, such as {"lr": 3e-5}.
-
-        Raises CheckpointError if the parts do not fit together.
-        """
+        """Raises CheckpointError if the parts do not fit together."""
         if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
             raise CheckpointError(
                 f"this U-Net reads text {unet.config.cross_attention_dim} wide, but the text encoder's is "
@@ -60,12 +56,10 @@ class StableDiffusion:
         self.device = torch.device(device)
         self.precision = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.image_size = unet.config.sample_size * vae.downscale
-        self.unet, self.vae = unet.to(self.device), vae.to(self.device)
-        if self.device.type in FAST_CHANNELS_LAST:
-            self.unet.to(memory_format=torch.channels_last)
-            self.vae.to(memory_format=torch.channels_last)
+        self.layout = torch.channels_last if self.device.type in FAST_CHANNELS_LAST else torch.preserve_format
+        self.unet, self.vae = (part.to(self.device, memory_format=self.layout) for part in (unet, vae))
         self.text_encoder = text_encoder.to(self.device)
-        self.tokenizer, self.scheduler, self.recommended = tokenizer, scheduler, recommended or {}
+        self.tokenizer, self.scheduler = tokenizer, scheduler
         self._contexts: dict[str, Tensor] = {}  # prompt -> (77, width)
 
     @classmethod
@@ -88,14 +82,14 @@ class StableDiffusion:
         if base.is_file():
             parts = read_single_file(base, prediction_type)
             unet, vae, text_encoder = (
-                build(network, config_from(config, parts[name][0]), parts[name][1], base)
+                build(network, config_from(config, parts[name][0], base), parts[name][1], base)
                 for name, network, config in (
                     ("unet", UNet, UNetConfig),
                     ("vae", VAE, VAEConfig),
                     ("text_encoder", CLIPTextEncoder, CLIPTextConfig),
                 )
             )
-            scheduler = Scheduler(config_from(SchedulerConfig, parts["scheduler"]))
+            scheduler = Scheduler(config_from(SchedulerConfig, parts["scheduler"], base))
             if text_encoder.config.hidden_size == 1024 and tokenizer.pad_id != 0:
                 raise CheckpointError(
                     f"{base} is a Stable Diffusion 2.x, but {home / 'tokenizer'} is another model's: "
@@ -108,9 +102,7 @@ class StableDiffusion:
             scheduler = Scheduler.from_pretrained(base / "scheduler")
             if prediction_type:
                 scheduler = Scheduler(replace(scheduler.config, prediction_type=prediction_type))
-        settings = home / "rpo.json"
-        recommended = read_json(settings) if settings.is_file() else None
-        return cls(unet, vae, text_encoder, tokenizer, scheduler, recommended, device)
+        return cls(unet, vae, text_encoder, tokenizer, scheduler, device)
 
     def export(self, path: Path, metadata: dict[str, str]) -> None:
         """Write all networks into one file in the layout that ComfyUI and others read, in half precision.
@@ -133,8 +125,7 @@ class StableDiffusion:
             load_lora(self.unet, path, read=tensors)
         else:
             load_tensors(self.unet, tensors, path)
-        layout = torch.channels_last if self.device.type in FAST_CHANNELS_LAST else torch.preserve_format
-        self.unet.to(self.device, memory_format=layout)
+        self.unet.to(self.device, memory_format=self.layout)
 
     def autocast(self):
         """Arithmetic in `precision`; the weights stay as they are.
@@ -262,6 +253,12 @@ class StableDiffusion:
 def home_of(base: Path) -> Path:
     """The folder in which a base keeps what is no network of Stable Diffusion's: tokenizer/, reward/, rpo.json."""
     return base if base.is_dir() else base.parent
+
+
+def recommended(base: Path) -> tuple[dict, Path]:
+    """The settings that suit a base, such as {"lr": 3e-5}, and the file rpo.json that may hold them."""
+    path = home_of(base) / "rpo.json"
+    return (read_json(path) if path.is_file() else {}), path
 
 
 def check_layout(base: Path) -> None:

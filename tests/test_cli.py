@@ -66,19 +66,19 @@ def test_fail_is_one_line(capsys):
     assert capsys.readouterr().err.endswith("error: one two\n")
 
 
-def test_recommended():
+def test_number():
     settings = {"lr": 1e-4, "batch": 2, "guidance": 3, "text": "2.5"}
-    assert cli.recommended(settings, "lr", 5e-6, "f") == 1e-4
-    assert cli.recommended(settings, "steps", 20, "f") == 20
-    assert cli.recommended(settings, "text", 1.0, "f") == 2.5  # a header holds texts
-    assert isinstance(cli.recommended(settings, "batch", 1, "f"), int)
-    assert isinstance(cli.recommended(settings, "guidance", 7.5, "f"), float)
+    assert cli.number(settings, "lr", 5e-6, "f") == 1e-4
+    assert cli.number(settings, "steps", 20, "f") == 20
+    assert cli.number(settings, "text", 1.0, "f") == 2.5  # a header holds texts
+    assert isinstance(cli.number(settings, "batch", 1, "f"), int)
+    assert isinstance(cli.number(settings, "guidance", 7.5, "f"), float)
     for value in ("fast", -1, 0, True, None, [], math.nan, math.inf):
         for default in (1, 1.0):
             with pytest.raises(ValueError, match=r"rpo\.json.*lr"):
-                cli.recommended({"lr": value}, "lr", default, "rpo.json")
+                cli.number({"lr": value}, "lr", default, "rpo.json")
     with pytest.raises(ValueError, match="whole"):
-        cli.recommended({"batch": 1.5}, "batch", 1, "rpo.json")
+        cli.number({"batch": 1.5}, "batch", 1, "rpo.json")
 
 
 def test_base_names(tmp_path, monkeypatch):

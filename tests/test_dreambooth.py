@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from baselines.dreambooth import CLASS_IMAGES, DreamBooth, dreambooth_loss
+from baselines.dreambooth import DreamBooth, dreambooth_loss
 
 REF, CLASS = [0.5, 0.2, 0.9], [0.4, 0.7, 0.1]
 
@@ -54,9 +54,5 @@ def test_bad_shapes_and_weights():
             dreambooth_loss(ref, prior, weight)
 
 
-def test_what_it_draws_and_keeps():
-    dog, method = SimpleNamespace(noun="dog"), DreamBooth()
-    assert method.drawn_prompts(dog, 3) == ["a photo of a dog"] * 3
-    assert len(method.drawn_prompts(dog)) == CLASS_IMAGES == 200
-    assert method.needs == () and method.state_dict() == {}
-    method.load_state_dict({})
+def test_what_it_draws():
+    assert DreamBooth().drawn_prompts(SimpleNamespace(noun="dog"), 3) == ["a photo of a dog"] * 3

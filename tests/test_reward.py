@@ -50,21 +50,18 @@ def test_known_value():
     assert lambda_harmonic(0.8, 0.5, 0.3) == pytest.approx(1 / (0.3 / 0.8 + 0.7 / 0.5), rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", [float, torch.tensor])
 @steady
 @given(image=st.floats(0, 1), text=st.floats(0, 1))
-def test_ends_are_exact(kind, image, text):
-    image, text = kind(image), kind(text)
-    for zero in (kind(0.0), None):
+def test_ends_are_exact(image, text):
+    image, text = torch.tensor(image), torch.tensor(text)
+    for zero in (torch.tensor(0.0), None):
         assert lambda_harmonic(image if zero is None else zero, text, 0) == text
         assert lambda_harmonic(image, text if zero is None else zero, 1.0) == image
 
 
 def test_zero_alignment_gives_zero_in_between():
     for pair in [(0.0, 0.7), (0.7, 0.0), (0.0, 0.0)]:
-        assert lambda_harmonic(*pair, 0.3) == 0
         assert lambda_harmonic(*torch.tensor(pair), 0.3).item() == 0
-        assert lambda_harmonic(torch.tensor(pair[0]), pair[1], 0.3).item() == 0
 
 
 @pytest.mark.parametrize("lam", [-0.01, 1.01, math.nan, math.inf])
@@ -159,14 +156,13 @@ def test_alignments_by_hand():
     assert torch.equal(reward([RED], ["a [V] dog"], 1), align_i[:1])
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_each_negative_gets_its_own_reward_with_its_own_prompt(batch_size):
+def test_each_negative_gets_its_own_reward_with_its_own_prompt():
     """The release's bug: every label used the reward of the prompt's first negative, whichever image was drawn."""
     images = [RED, GREEN, colour(200, 30, 10), BLUE, colour(10, 90, 40), GREY]  # two of each prompt, all different
     prompts = ["a [V] dog", "a [V] dog", "a [V] dog in the snow", "a [V] dog in the snow", "a red [V] dog", "a red dog"]
 
     def make():
-        return Reward(FakeALIGN(), FakeTokenizer(), [colour(250, 60, 0), BLUE], batch_size=batch_size)
+        return Reward(FakeALIGN(), FakeTokenizer(), [colour(250, 60, 0), BLUE])
 
     together = make()(images, prompts, 0.3)
     alone = torch.cat([make()([image], [prompt], 0.3) for image, prompt in zip(images, prompts, strict=True)])
@@ -179,10 +175,10 @@ def test_each_negative_gets_its_own_reward_with_its_own_prompt(batch_size):
 
 def test_photos_and_texts_are_embedded_once_and_in_batches():
     align = FakeALIGN()
-    reward = Reward(align, FakeTokenizer(), [RED, GREEN, BLUE], batch_size=2)
-    assert align.image_batches == [2, 1]
-    reward.alignments([RED] * 3, ["a [V] dog", "a [V] dog", "a red [V] dog"])
-    assert align.image_batches == [2, 1, 2, 1] and align.text_batches == [2]
+    reward = Reward(align, FakeTokenizer(), [RED, GREEN, BLUE])
+    assert align.image_batches == [3]
+    reward.alignments([RED] * 18, ["a [V] dog"] * 17 + ["a red [V] dog"])
+    assert align.image_batches == [3, 16, 2] and align.text_batches == [2]
     reward.alignments([RED] * 3, ["a dog", "a red [V] dog", "a [V] dog in the snow"])
     assert align.text_batches == [2, 1]  # only the new text
 
@@ -197,16 +193,6 @@ def test_range_gradients_and_other_tokens():
 
 def test_rounding_never_leaves_the_range():
     assert _to_unit(torch.tensor([1.000001, 0.5, -1.000001])).tolist() == [1, 0.75, 0]
-
-
-def test_half_precision_weights():
-    class Strict(FakeALIGN):
-        def image_features(self, pixels):
-            assert pixels.dtype == self.weight.dtype
-            return super().image_features(pixels)
-
-    align_i, align_t = Reward(Strict().bfloat16(), FakeTokenizer(), [RED]).alignments([GREEN], ["a dog"])
-    assert align_i.dtype == align_t.dtype == torch.float32
 
 
 def test_autocast_around_the_reward_does_not_round_the_cosines():
@@ -224,8 +210,6 @@ def test_odd_calls():
         reward.alignments([RED, RED], ["a dog"])
     with pytest.raises(ValueError, match="at least one reference photo"):
         Reward(FakeALIGN(), FakeTokenizer(), [])
-    with pytest.raises(ValueError, match="batch_size"):
-        Reward(FakeALIGN(), FakeTokenizer(), [RED], batch_size=0)
 
 
 @pytest.mark.parametrize("lam", [0, 0.3, 1])

@@ -30,7 +30,7 @@ from model.align import ALIGN
 from model.clip import CLIP
 from model.dino import DINO
 from model.scheduler import randn
-from model.stable_diffusion import StableDiffusion
+from model.stable_diffusion import StableDiffusion, recommended
 from model.tokenizer import BertTokenizer, CLIPTokenizer
 from model.weights import CheckpointError
 from toy.networks import WEIGHTS as TOY
@@ -387,11 +387,12 @@ def test_the_mode_is_left_as_found_after_an_error(ours):
         ours.unet.eval()
 
 
-def test_recommended_settings(tmp_path, base, ours):
-    assert ours.recommended == {}
-    folder = with_scheduler(base, tmp_path / "base", "toy")
-    (folder / "rpo.json").write_text('{"lr": 1e-4}')
-    assert StableDiffusion.from_pretrained(folder).recommended == {"lr": 1e-4}
+def test_recommended_settings(tmp_path):
+    path = tmp_path / "rpo.json"
+    assert recommended(tmp_path) == ({}, path)
+    path.write_text('{"lr": 1e-4}')
+    (tmp_path / "model.safetensors").touch()
+    assert recommended(tmp_path) == recommended(tmp_path / "model.safetensors") == ({"lr": 1e-4}, path)
 
 
 def refused(folder, *words):

@@ -39,7 +39,7 @@ import cli
 import engine
 import train
 from metrics import Metrics
-from model.stable_diffusion import PRECISIONS, StableDiffusion
+from model.stable_diffusion import PRECISIONS, StableDiffusion, recommended
 from model.weights import read_tensors, save_tensors
 from reward import MEANS
 from rpo import preference_label
@@ -65,6 +65,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "β 2000": ["--beta", "2000"],
         "τ 0.02": ["--tau", "0.02"],
         "β 2000, τ 0.02": ["--beta", "2000", "--tau", "0.02"],
+        "λ_train 0.7, τ 0.02": ["--lambda-train", "0.7", "--tau", "0.02"],
     },
     "coin": {"RPO, P for y": []},
     "lr": {f"{m}, lr {lr}": [*METHODS[m], "--lr", lr] for m in METHODS for lr in ("1e-5", "3e-5", "1e-4")},
@@ -188,7 +189,7 @@ class Bench:
         self.sd.unet.load_state_dict(weights)
         prompts = [prompt for prompt in subject.test_prompts for _ in range(self.images)]
         seeds = [100_000 * (seed + 1) + i for i in range(len(prompts))]
-        steps, guidance = (self.sd.recommended[setting] for setting in ("solver_steps", "guidance"))
+        steps, guidance = (recommended(WEIGHTS)[0][setting] for setting in ("solver_steps", "guidance"))
         with tqdm(total=len(prompts), desc=f"testing {name}", unit="image", leave=False) as bar:
             images = self.sd.generate(prompts, seeds, steps, guidance, on_batch=bar.update)
         shown = images[:: self.images][:: len(subject.test_prompts) // FIGURE_PROMPTS][:FIGURE_PROMPTS]
