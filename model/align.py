@@ -33,8 +33,6 @@ class ALIGNTextConfig:
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
@@ -74,7 +72,6 @@ class ALIGNVisionConfig:
     pooling_type: str = "mean"
     batch_norm_eps: float = 1e-3
     batch_norm_momentum: float = 0.99  # weight of the NEW batch: one pass in train mode replaces the statistics
-    drop_connect_rate: float = 0.2
 
     def __post_init__(self):
         _require("vision_config.hidden_act", self.hidden_act, "swish", "silu")
@@ -82,13 +79,8 @@ class ALIGNVisionConfig:
         stages = ("kernel_sizes", "in_channels", "out_channels", "strides", "num_block_repeats", "expand_ratios")
         if len({len(getattr(self, name)) for name in stages}) != 1:
             raise CheckpointError(f"ALIGN config: vision_config's {', '.join(stages)} differ in length")
-        for kernel in self.kernel_sizes:
-            _require("vision_config.kernel_sizes", kernel, 3, 5, 7)
         for stride in self.strides:
             _require("vision_config.strides", stride, 1, 2)
-        for given, taken in zip((STEM_WIDTH, *self.out_channels), self.in_channels, strict=False):
-            if self.width(given) != self.width(taken):
-                raise CheckpointError(f"ALIGN config: vision_config.in_channels has {taken} after a stage of {given}")
 
     def width(self, channels: int) -> int:
         """Channels times the width coefficient, to the nearest multiple of the divisor, but never 10 % below."""
@@ -105,22 +97,26 @@ class ALIGNVisionConfig:
 class ALIGNImageConfig:
     """preprocessor_config.json: resize to `size`, cut out the middle `crop_size`, scale. Both are (height, width)."""
 
-    size: tuple[int, int] = (346, 346)
-    crop_size: tuple[int, int] = (289, 289)
+    size: tuple[int, int] | dict | int = (346, 346)  # or {"height", "width"}, or one number for a square
+    crop_size: tuple[int, int] | dict | int = (289, 289)
     resample: int = 2  # PIL's number for bilinear
-    do_center_crop: bool = True
     rescale_factor: float = 1 / 127.5
-    rescale_offset: bool = True  # subtract 1 after scaling
+    # Only these values are known.
+    do_center_crop: bool = True
     do_resize: bool = True
     do_rescale: bool = True
+    rescale_offset: bool = True  # subtract 1 after scaling
     do_normalize: bool = False
     include_top: bool = False
 
     def __post_init__(self):
-        for name, value in {"do_resize": True, "do_rescale": True, "do_normalize": False, "include_top": False}.items():
+        for name in ("size", "crop_size"):
+            object.__setattr__(self, name, _height_width(name, getattr(self, name)))
+        known = dict.fromkeys(("do_center_crop", "do_resize", "do_rescale", "rescale_offset"), True)
+        for name, value in (known | {"do_normalize": False, "include_top": False}).items():
             _require(f"preprocessor {name}", getattr(self, name), value)
         _require("preprocessor resample", self.resample, *[int(filter) for filter in Image.Resampling])
-        if self.do_center_crop and (self.crop_size[0] > self.size[0] or self.crop_size[1] > self.size[1]):
+        if self.crop_size[0] > self.size[0] or self.crop_size[1] > self.size[1]:
             raise CheckpointError(f"ALIGN config: preprocessor crop_size {self.crop_size} is above size {self.size}")
 
 
@@ -145,14 +141,7 @@ class ALIGNConfig:
 
         Raises CheckpointError, naming their folder, for a value that is not supported.
         """
-        towers = {"text_config": ALIGNTextConfig, "vision_config": ALIGNVisionConfig}
-        nested = {name: config_from(tower, values.get(name) or {}, folder) for name, tower in towers.items()}
-        images = dict(preprocessor or {})
-        for name in ("size", "crop_size"):
-            if images.get(name) is not None:
-                images[name] = _height_width(name, images[name])
-        images = config_from(ALIGNImageConfig, images, folder)
-        return config_from(cls, {**values, **nested, "images": images}, folder)
+        return config_from(cls, {**values, "images": preprocessor or {}}, folder)
 
 
 def _require(name: str, value: object, *supported: object) -> None:
@@ -162,7 +151,8 @@ def _require(name: str, value: object, *supported: object) -> None:
 
 
 def _height_width(name: str, value: object) -> tuple[int, int]:
-    """(height, width) of a size in preprocessor_config.json, which is {"height", "width"} or one int for a square."""
+    if isinstance(value, tuple):
+        return value
     if isinstance(value, int):
         return value, value
     if isinstance(value, dict) and value.keys() >= {"height", "width"}:
@@ -183,7 +173,6 @@ class Block(nn.Module):
         expand_ratio: int,
         index: int,
         first: bool,
-        drop_rate: float,
     ):
         super().__init__()
         wide = width_in * expand_ratio
@@ -216,7 +205,6 @@ class Block(nn.Module):
         )
         self.expands = expand_ratio != 1
         self.residual = not first  # the first block of a stage may change stride and width
-        self.dropout = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width_out, H', W')"""
@@ -229,7 +217,7 @@ class Block(nn.Module):
         weight = F.silu(self.squeeze_excite["reduce"](h.mean((2, 3), keepdim=True)))
         h = h * torch.sigmoid(self.squeeze_excite["expand"](weight))
         h = self.projection["project_bn"](self.projection["project_conv"](h))
-        return x + self.dropout(h) if self.residual else h
+        return x + h if self.residual else h
 
 
 class VisionTower(nn.Module):
@@ -244,7 +232,6 @@ class VisionTower(nn.Module):
                 "batchnorm": nn.BatchNorm2d(stem, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum),
             }
         )
-        total = sum(config.repeats(blocks) for blocks in config.num_block_repeats)
         blocks = []
         stages = (config.in_channels, config.out_channels, config.kernel_sizes, config.strides, config.expand_ratios)
         for *stage, repeats in zip(*stages, config.num_block_repeats, strict=True):
@@ -253,9 +240,8 @@ class VisionTower(nn.Module):
             for repeat in range(config.repeats(repeats)):
                 first, index = repeat == 0, len(blocks)
                 widths = (width_in if first else width_out, width_out)
-                drop_rate = config.drop_connect_rate * index / total
                 stride = stride if first else 1
-                blocks.append(Block(config, *widths, kernel, stride, ratio, index, first, drop_rate))
+                blocks.append(Block(config, *widths, kernel, stride, ratio, index, first))
         self.encoder = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -284,8 +270,6 @@ class TextLayer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, config.intermediate_size)})
         self.output = nn.ModuleDict({"dense": nn.Linear(config.intermediate_size, width), "LayerNorm": norm()})
         self.heads = config.num_attention_heads
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.attention_dropout = config.attention_probs_dropout_prob
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (B, L, width), mask (B, 1, 1, L) bool, True where a key may be looked at -> (B, L, width)"""
@@ -293,12 +277,11 @@ class TextLayer(nn.Module):
             rearrange(self.attention["self"][name](x), "b l (h d) -> b h l d", h=self.heads)
             for name in ("query", "key", "value")
         )
-        drop = self.attention_dropout if self.training else 0.0
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         h = self.attention["output"]["dense"](rearrange(h, "b h l d -> b l (h d)"))
-        x = self.attention["output"]["LayerNorm"](x + self.dropout(h))
+        x = self.attention["output"]["LayerNorm"](x + h)
         h = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
-        return self.output["LayerNorm"](x + self.dropout(h))
+        return self.output["LayerNorm"](x + h)
 
 
 class TextTower(nn.Module):
@@ -319,14 +302,13 @@ class TextTower(nn.Module):
             {"layer": nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))}
         )
         self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)})  # in the file; ALIGN does not use it
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids (B, L) int64, mask (B, L), nonzero at tokens that are not padding -> hidden states (B, L, width)"""
         x = self.embeddings["word_embeddings"](ids)
         x = x + self.embeddings["position_embeddings"].weight[: ids.shape[1]]
         x = x + self.embeddings["token_type_embeddings"].weight[0]  # one sentence, so every token is of type 0
-        x = self.dropout(self.embeddings["LayerNorm"](x))
+        x = self.embeddings["LayerNorm"](x)
         keys = rearrange(mask.bool(), "b l -> b 1 1 l")
         for layer in self.encoder["layer"]:
             x = layer(x, keys)
@@ -377,7 +359,7 @@ class ALIGN(nn.Module):
         """
         config = self.config.images
         height, width = config.size
-        crop_height, crop_width = config.crop_size if config.do_center_crop else config.size
+        crop_height, crop_width = config.crop_size
         top, left = (height - crop_height) // 2, (width - crop_width) // 2
         box = (left, top, left + crop_width, top + crop_height)
         batch = [
@@ -385,7 +367,5 @@ class ALIGN(nn.Module):
             for image in images
         ]
         # The product in float64, and only then rounded: exactly the public numbers.
-        scaled = torch.from_numpy((np.stack(batch) * config.rescale_factor).astype(np.float32))
-        if config.rescale_offset:
-            scaled = scaled - 1
+        scaled = torch.from_numpy((np.stack(batch) * config.rescale_factor).astype(np.float32)) - 1
         return rearrange(scaled, "b h w c -> b c h w").contiguous()

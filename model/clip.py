@@ -58,16 +58,11 @@ class CLIPVisionConfig:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers and the width of the space they share. The towers may be given as config.json's objects."""
+    """Both towers and the width of the space they share."""
 
-    text_config: CLIPTextConfig | dict = CLIPTextConfig()
-    vision_config: CLIPVisionConfig | dict = CLIPVisionConfig()
+    text_config: CLIPTextConfig = CLIPTextConfig()
+    vision_config: CLIPVisionConfig = CLIPVisionConfig()
     projection_dim: int = 512
-
-    def __post_init__(self):
-        for name, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
-            if isinstance(getattr(self, name), dict):
-                object.__setattr__(self, name, weights.config_from(tower, getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,7 @@ class VisionEmbeddings(nn.Module):
         """(batch, 3, s, s) -> (batch, 1 + patches, width)."""
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
         patches = rearrange(patches, "b c h w -> b (h w) c")
-        first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        first = self.class_embedding.expand(len(patches), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
 
@@ -250,8 +245,9 @@ class CLIP(nn.Module):
         folder = Path(folder)
         path = folder / "config.json"
         values = weights.read_json(path)
-        for tower in ("text_config", "vision_config"):  # files of 2022 say it again, or only, under *_dict
-            values[tower] = {**(values.get(tower) or {}), **(values.get(f"{tower}_dict") or {})}
+        with weights.told(f"{path} should hold a configuration of each tower"):
+            for tower in ("text_config", "vision_config"):  # files of 2022 say it again, or only, under *_dict
+                values[tower] = {**(values.get(tower) or {}), **(values.get(f"{tower}_dict") or {})}
         config, pictures = weights.config_from(CLIPConfig, values, path), None
         path = folder / "preprocessor_config.json"
         if path.is_file():

@@ -69,7 +69,7 @@ class Embeddings(nn.Module):
         """(batch, 3, s, s) -> (batch, 1 + patches, width)."""
         projection = self.patch_embeddings["projection"]
         patches = rearrange(projection(pixels.to(projection.weight.dtype)), "b c h w -> b (h w) c")
-        first = self.cls_token.to(patches.dtype).expand(len(patches), -1, -1)
+        first = self.cls_token.expand(len(patches), -1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embeddings
 
 

@@ -117,6 +117,7 @@ class Scheduler:
         trailing   T, T - T/steps, ..., minus 1: starts at the noisiest t.
         linspace   evenly from T-1 down to 0.
         dpm++ lays leading and linspace with one point more and drops the cleanest: its last step goes to x_0 itself.
+        With T steps that leaves it T - 1.
         (Spacings as named in table 2 of arXiv 2305.08891.) Raises ValueError unless 1 <= steps <= T.
         """
         count = self.config.num_train_timesteps

@@ -180,7 +180,7 @@ def _require(vocab: dict[str, int], tokens: list[str], path: Path) -> None:
 def _length(settings: dict, default: int) -> int:
     """`model_max_length`; transformers writes an astronomical number where nobody set it."""
     length = settings.get("model_max_length") or default
-    if not isinstance(length, (int, float)) or length < 3:
+    if not (isinstance(length, (int, float)) and length >= 3):  # NaN is none either
         raise CheckpointError(
             f"tokenizer_config.json: model_max_length should be a whole number above 2, not {length!r}"
         )

@@ -4,9 +4,9 @@
                         │          │          │          │         mid
     output ─ conv_out ──┴── up 3 ──┴── up 2 ──┴── up 1 ──┴── up 0 ──┘
 
-The vertical bars are skip connections, one for each layer of a level. SD's levels are 320, 640, 1280 and 1280 channels
-wide; the three largest maps read the prompt, the smallest does not. Modules carry the names of the public
-`unet/diffusion_pytorch_model.safetensors`.
+The vertical bars are skip connections, one for conv_in, each layer and each halving. SD's levels are 320, 640, 1280 and
+1280 channels wide; the three largest maps read the prompt, the smallest only in the middle. Modules carry the names of
+the public `unet/diffusion_pytorch_model.safetensors`.
 """
 
 from __future__ import annotations
@@ -68,9 +68,6 @@ class UNetConfig:
                 problems.append(f"{name} should name {levels} blocks, as block_out_channels does")
             elif unknown := set(types) - known.keys():
                 problems.append(f"{name} holds {', '.join(sorted(unknown))}; known are {', '.join(known)}")
-        for name in ("layers_per_block", "cross_attention_dim"):
-            if not isinstance(getattr(self, name), int):
-                problems.append(f"{name} = {getattr(self, name)!r} should be one number")
         if len(self.heads) != levels:
             problems.append(f"attention_head_dim should be one number or {levels}")
         elif any(width % heads for width, heads in zip(self.block_out_channels, self.heads, strict=True)):

@@ -93,6 +93,7 @@ def read_json(path: Path) -> dict:
 
 def config_from(cls: type[Config], values: dict, source: Path | None = None) -> Config:
     """A configuration dataclass from a config.json's object: unknown keys are passed over, null means the default.
+    An object in it becomes the configuration that its field is.
 
     Raises CheckpointError, naming the file `source`, for a value of another type than its field's.
     """
@@ -105,7 +106,9 @@ def config_from(cls: type[Config], values: dict, source: Path | None = None) -> 
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     known = {name: value for name, value in values.items() if name in fields and value is not None}
     for name, value in known.items():
-        if not _fits(value, hints[name]):
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+            known[name] = config_from(hints[name], value)
+        elif not _fits(value, hints[name]):
             raise CheckpointError(f"{cls.__name__}: {name} is {value!r} and should be {fields[name].type}")
     with told(f"{cls.__name__} has values that do not go together"):
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})

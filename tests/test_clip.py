@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPTextEncoder, CLIPVisionConfig
-from model.weights import CheckpointError
+from model.weights import CheckpointError, config_from
 
 TEXT = {
     "vocab_size": 99,
@@ -126,7 +126,7 @@ def test_minimal_and_old_configs(tmp_path):
     ours = CLIP.from_pretrained(tmp_path)
     assert ours.config == expected.config
     assert ours.config.vision_config == CLIPVisionConfig(**VISION)
-    assert CLIPConfig() == CLIPConfig(text_config={}, vision_config={"patch_size": 32})
+    assert CLIPConfig() == config_from(CLIPConfig, {"text_config": {}, "vision_config": {"patch_size": 32}})
 
 
 def test_errors(tmp_path):
@@ -151,6 +151,13 @@ def photos():
         yield Image.fromarray(noise[..., :3], "RGB")
         yield Image.fromarray(noise[..., 0], "L")
         yield Image.fromarray(noise, "RGBA")
+
+
+@pytest.mark.parametrize("tower", ["x", 3, {"hidden_size": "wide"}], ids=str)
+def test_a_tower_that_is_no_configuration_is_told(tmp_path, tower):
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": tower}))
+    with pytest.raises(CheckpointError, match=r"^[^\n]*config\.json[^\n]*$"):
+        CLIP.from_pretrained(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
@@ -206,7 +213,7 @@ def large(width, patch, heads, layers, text_width, text_heads, projection):
 )
 def test_published_clip(values, count, tensors):
     with torch.device("meta"):
-        ours = CLIP(CLIPConfig(**values))
+        ours = CLIP(config_from(CLIPConfig, values))
     assert sum(parameter.numel() for parameter in ours.parameters()) == count
     assert len(ours.state_dict()) == tensors
 
@@ -240,7 +247,8 @@ def test_published_text_encoder(config, count, tensors):
 def test_trains_and_autocasts():
     """The toy weights are trained with these classes: gradients everywhere, finite, in bfloat16 too."""
     torch.manual_seed(0)
-    network = CLIP(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)).train()
+    towers = {"text_config": TEXT, "vision_config": VISION}
+    network = CLIP(config_from(CLIPConfig, towers | {"projection_dim": 24})).train()
     with torch.autocast("cpu", torch.bfloat16):
         image, text = network.image_features(torch.randn(4, 3, 40, 40)), network.text_features(random_ids(4))
         similarity = torch.cosine_similarity(image[:, None].float(), text[None].float(), dim=-1)

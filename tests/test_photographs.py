@@ -103,7 +103,7 @@ def network(kind, side, settings):
             return ALIGN(ALIGNConfig.from_json(values, settings))
         if kind == "clip":
             sees = {"image_size": side, "patch_size": 16} | shallow
-            config = CLIPConfig(text_config=shallow, vision_config=sees)
+            config = config_from(CLIPConfig, {"text_config": shallow, "vision_config": sees})
             return CLIP(config, config_from(CLIPPictures, settings))
         return DINO(DINOConfig(image_size=side, **shallow), config_from(DINOPictures, settings))
 
@@ -163,7 +163,7 @@ def test_the_settings_matter():
     for kind, change in [
         ("align", {"resample": 3}),
         ("align", {"crop_size": {"height": 289, "width": 289}, "size": {"height": 347, "width": 346}}),
-        ("align", {"rescale_offset": False}),
+        ("align", {"rescale_factor": 1 / 120}),
         ("clip", {"resample": 2}),
         ("clip", {"size": 225}),
         ("dino", {"resample": 3}),

@@ -256,6 +256,7 @@ def test_length_unset(tmp_path):
         ("special_tokens_map.json", '{"pad_token": "<pad>"}', "lacks <pad>"),
         ("special_tokens_map.json", '{"pad_token": 3}', "special token"),
         ("tokenizer_config.json", '{"model_max_length": "long"}', "model_max_length"),
+        ("tokenizer_config.json", '{"model_max_length": NaN}', "model_max_length"),
     ],
 )
 def test_clip_errors(tmp_path, name, content, message):

@@ -334,12 +334,13 @@ def test_what_the_networks_are(tmp_path):
     """Each network's keys are told from the others', and the refusal of a file says which network's it is."""
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {"num_block_repeats": (1,) * 7, "depth_coefficient": 1.0}
+    towers = {"text_config": text, "vision_config": text}
     with torch.device("meta"):
         networks = {
             "a U-Net": UNet(UNetConfig(layers_per_block=1)),
             "a VAE": VAE(VAEConfig(layers_per_block=1)),
             "a CLIP text encoder": CLIPTextEncoder(CLIPTextConfig(**text)),
-            "CLIP, with both its towers": CLIP(CLIPConfig(text_config=text, vision_config=text)),
+            "CLIP, with both its towers": CLIP(weights.config_from(CLIPConfig, towers)),
             "ALIGN": ALIGN(ALIGNConfig(ALIGNTextConfig(num_hidden_layers=1), ALIGNVisionConfig(**vision))),
             "a vision transformer, such as DINO": DINO(DINOConfig(num_hidden_layers=1)),
         }
