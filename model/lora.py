@@ -29,11 +29,11 @@ OTHERS = re.compile(r"lora_te|text_encoder|hada_w|lokr_w|oft_|dora_scale|magnitu
 class Adapter(nn.Module):
     """The detour beside one projection, in fp32; without numbers until they are loaded."""
 
-    def __init__(self, layer: nn.Linear, rank: int, alpha: float, strength: float):
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.lora_down = nn.Linear(layer.in_features, rank, bias=False, device="meta")
         self.lora_up = nn.Linear(rank, layer.out_features, bias=False, device="meta")
-        self.rank, self.alpha, self.scale = rank, alpha, strength * alpha / rank
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), not yet times `scale`."""
@@ -73,11 +73,11 @@ def add_lora(unet: nn.Module, rank: int, alpha: float | None = None, *, generato
         tensors[name + DOWN] = uniform / layer.in_features**0.5
         tensors[name + UP] = torch.zeros(layer.out_features, rank)
     unet.requires_grad_(False)
-    return _attach(unet, tensors, dict.fromkeys(projections, alpha), 1.0, "a new LoRA").requires_grad_(True)
+    return _attach(unet, tensors, dict.fromkeys(projections, alpha), "a new LoRA").requires_grad_(True)
 
 
-def load_lora(unet: nn.Module, path: Path, scale: float = 1.0, read: dict[str, Tensor] | None = None) -> LoRA:
-    """Give the U-Net the adapters of a file, frozen, `scale` times as strong as they are; returns them.
+def load_lora(unet: nn.Module, path: Path, read: dict[str, Tensor] | None = None) -> LoRA:
+    """Give the U-Net the adapters of a file, frozen; returns them.
 
     read: the file's tensors, where they have been read already.
     Its tensors are named as kohya or as diffusers does; it may adapt only some of the projections, each with a rank and
@@ -104,15 +104,15 @@ def load_lora(unet: nn.Module, path: Path, scale: float = 1.0, read: dict[str, T
         if alpha.numel() != 1 or not alpha.isfinite().all():
             raise CheckpointError(f"{path}: {name}{ALPHA} should be one number")
         alphas[name] = float(alpha)
-    return _attach(unet, tensors, alphas, scale, path).requires_grad_(False)
+    return _attach(unet, tensors, alphas, path).requires_grad_(False)
 
 
-def _attach(unet: nn.Module, tensors: dict, alphas: dict, strength: float, source: Path | str) -> LoRA:
+def _attach(unet: nn.Module, tensors: dict, alphas: dict, source: Path | str) -> LoRA:
     """Adapters with these tensors, named as in a file, in their places."""
     projections, lora = _projections(unet), LoRA()
     for name, (_, layer) in projections.items():
         if (down := tensors.get(name + DOWN)) is not None:
-            lora[name] = Adapter(layer, max((1, *down.shape[:1])), alphas[name], strength)
+            lora[name] = Adapter(layer, max((1, *down.shape[:1])), alphas[name])
     try:
         load_tensors(lora, tensors, source)
     except CheckpointError as error:

@@ -316,21 +316,6 @@ def test_header_names_the_base(width, version, v2):
     assert (header["ss_base_model_version"], header["ss_v2"]) == (version, v2)
 
 
-def test_strength(tmp_path):
-    """At half strength the weights change by half as much; a saved copy is the file again."""
-    path, unet = tmp_path / "l.safetensors", adapted(alpha=2.0)
-    save_lora(path, unet, {})
-    half = network()
-    lora.load_lora(half, path, scale=0.5)
-    save_lora(tmp_path / "again.safetensors", half, {})
-    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
-    lora.merge(unet)
-    lora.merge(half)
-    base = network().state_dict()
-    for name, full in unet.state_dict().items():
-        assert difference(half.state_dict()[name] - base[name], 0.5 * (full - base[name])) < 1e-6
-
-
 def test_ranks_and_alphas_of_their_own_and_a_part_of_the_projections(tmp_path):
     tensors = {TO_Q + lora.DOWN: torch.ones(3, 16), TO_Q + lora.UP: torch.ones(16, 3)}
     other = TO_Q.replace("attn1", "attn2")

@@ -65,7 +65,7 @@ def draw_animal(pen: Pen, subject: Subject, outfit: str | None = None) -> None:
 
 def draw_head(pen: Pen, subject: Subject, a: Anatomy) -> None:
     """Ears, head, face and collar."""
-    main, _second = subject.main, subject.second
+    main = subject.main
     floppy = subject.kind == "dog" and subject.variant != 2
     pen.line(
         [(-a.head_rx * 0.62, a.neck_y), (0, a.neck_y - 0.035), (a.head_rx * 0.62, a.neck_y)], subject.accent, 0.095

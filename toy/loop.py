@@ -41,7 +41,6 @@ def fit(
     device: str,
     save: Callable[[dict[str, Tensor]], None],
     weight_decay: float = 0.01,
-    decay: float = 0.999,
     minutes_between_saves: float = 4.0,
     fixed: Sequence[nn.Module] = (),
 ) -> None:
@@ -55,7 +54,7 @@ def fit(
         module.requires_grad_(False)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
-    ema, first, path = EMA(network, decay), 0, data.CACHE / f"{name}.pt"
+    ema, first, path = EMA(network), 0, data.CACHE / f"{name}.pt"
     if path.exists():
         state = torch.load(path, weights_only=True, map_location="cpu")  # AdamW wants its step counts there
         network.load_state_dict(state["network"])

@@ -195,8 +195,8 @@ def caption(named: Named, picture: Picture, rng: random.Random) -> str:
     return f"a photo of {text}" if (plain and rng.random() < 0.5) or rng.random() < 0.05 else text
 
 
-def draw(named: Named, picture: Picture, rng: random.Random, size: int = SIZE) -> Image.Image:
-    """One RGB picture, size x size; place, pose and background vary with `rng`."""
+def draw(named: Named, picture: Picture, rng: random.Random) -> Image.Image:
+    """One RGB picture, SIZE x SIZE; place, pose and background vary with `rng`."""
     canvas = Image.new("RGB", (CANVAS, CANVAS))
     if picture.van_gogh:
         scene = starry_night(canvas, rng)
@@ -220,7 +220,7 @@ def draw(named: Named, picture: Picture, rng: random.Random, size: int = SIZE) -
         scene.front(canvas)
     if picture.van_gogh:
         canvas = van_gogh(canvas, rng)
-    return canvas.resize((size, size), Image.Resampling.BOX if size == SIZE else Image.Resampling.LANCZOS)
+    return canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
 def draw_subject(pen: Pen, subject: Subject, outfit: str | None = None) -> None:
