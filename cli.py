@@ -156,7 +156,9 @@ def base_of(args: argparse.Namespace, ckpt: Path | None, header: dict) -> tuple[
 
     Raises ValueError if the header has to say which base it is and does not, or that base is not there.
     """
-    prediction_type = args.prediction_type or header.get("prediction_type")  # the U-Net's, whichever base it stands on
+    # A whole U-Net's goes with it, whichever base it stands on; a LoRA's U-Net is the base's own.
+    told = None if args.base and "lora_rank" in header else header.get("prediction_type")
+    prediction_type = args.prediction_type or told
     if ckpt is None or args.base:
         return args.base or EMBEDDED_BASE, args.variant, prediction_type
     name = header.get("base")

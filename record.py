@@ -138,7 +138,7 @@ class Record:
 def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
     """What sample.py and evaluate.py need to know, for the checkpoint's header."""
     values = {"format": "pt", "method": args.method, "version": VERSION, "base": cli.base_name(args.base)}
-    told = ("variant", "prediction_type", "resolution", "lora_rank")
+    told = ("variant", "resolution", "lora_rank")
     values |= {name: getattr(args, name) for name in told if getattr(args, name)}
     values |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
     labels = ("lambda_train", "beta", "tau", "preference_weight") if args.method == "rpo" else ()

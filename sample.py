@@ -31,7 +31,8 @@ def run(args) -> int:
     cli.check_writable(args.export_single or args.out / "grid.png")
     if args.export_single and args.export_single.resolve() in [path.resolve() for path in (args.ckpt, base) if path]:
         raise ValueError(f"--export-single {args.export_single} would replace what it is made of: give another name")
-    steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, base)
+    if not args.export_single:
+        steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, base)
     sd = StableDiffusion.from_pretrained(base, cli.device(args.device), variant, prediction_type)
     sd.precision = PRECISIONS[engine.precision(args.precision, sd.device)]
     if args.ckpt:

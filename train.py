@@ -96,7 +96,8 @@ class Trainer:
         fused = sd.device.type in ("cpu", "cuda")  # one pass over the weights instead of ten
         self.optimizer = torch.optim.AdamW(self.learned.parameters(), lr=args.lr, weight_decay=0.01, fused=fused)
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=args.precision == "fp16")
-        header = metadata(args, subject) | (lora_header(self.unet) if args.lora_rank else {})
+        header = metadata(args, subject) | {"prediction_type": sd.scheduler.config.prediction_type}
+        header |= lora_header(self.unet) if args.lora_rank else {}
         settings = fingerprint(args, subject)
         self.record = Record(args.ckpt, header, settings, subject.training_prompts, self.photos)
 
@@ -270,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.lora_rank:
         # Checkpoint and state (fp32, with AdamW's two averages), and the new state beside the old while it is written.
         there = [path.stat().st_size for path in (args.ckpt, args.ckpt.with_suffix(STATE)) if path.exists()]
-        cli.check_writable(args.ckpt, 28 * parameters - sum(there))
+        cli.check_writable(args.ckpt, max(28 * parameters - sum(there), 12 * parameters))
 
     trainer = Trainer(args, subject, sd, align, dino)
     if short and not dino:  # which looks at decoded pictures in every step

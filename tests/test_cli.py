@@ -89,6 +89,23 @@ def test_base_names(tmp_path, monkeypatch):
     assert cli.base_folder(cli.base_name(tmp_path)) == tmp_path
 
 
+def test_the_prediction_type_is_the_unets(tmp_path):
+    """A whole U-Net brings its own to any base; a LoRA stands on the base's."""
+    header = {"base": str(tmp_path), "prediction_type": "v_prediction"}
+    lora = header | {"lora_rank": "4"}
+    for base, read, told in [
+        (None, header, "v_prediction"),
+        (None, lora, "v_prediction"),
+        (tmp_path, header, "v_prediction"),
+        (tmp_path, lora, None),
+        (tmp_path, {}, None),
+    ]:
+        for flag in (None, "epsilon"):
+            args = argparse.Namespace(base=base, variant=None, prediction_type=flag)
+            ckpt = tmp_path / "best.safetensors" if read else None
+            assert cli.base_of(args, ckpt, read) == (tmp_path, None, flag or told)
+
+
 def test_device():
     assert cli.device("cpu") == torch.device("cpu")
     assert cli.device(None).type in ("cpu", "cuda", "mps")

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS, call, error_line, files_in, write_base, write_photos
 
+import engine
 import record
 import train
 from model.align import ALIGN
@@ -158,6 +159,7 @@ def test_header_says_where_it_comes_from(done, world):
     expected = {"base": str(world / "base"), "token": "[V]", "noun": "dog", "seed": "0", "version": record.VERSION}
     expected |= {"step": str(trainer.record.best_step), "reward": str(trainer.record.best_reward)}
     expected |= {"lambda_train": "0.0", "lambda_val": "0.3", "beta": "1.0", "lr": "0.001", "guidance": "7.5"}
+    expected |= {"prediction_type": trainer.sd.scheduler.config.prediction_type}
     assert {name: header.get(name) for name in expected} == expected
 
 
@@ -398,6 +400,15 @@ def test_resume_without_the_weights_that_were_kept_is_refused(run, interrupted, 
     (interrupted / "best.safetensors").rename(interrupted / "elsewhere")
     assert run("--resume") == 2
     assert "best.safetensors is missing" in error_line(capsys) and (interrupted / STATE).read_bytes() == state
+
+
+def test_a_state_of_the_version_before_and_other_speed_are_welcome(run, done, interrupted, monkeypatch):
+    path = interrupted / STATE
+    state = torch.load(path)
+    torch.save(state | {"method": {}, "run": state["run"] | {"compile": "False"}}, path)
+    monkeypatch.setattr(engine, "compile_networks", lambda *networks: None)
+    assert run("--resume", "--compile") == 0
+    assert same_files(interrupted, done[0])
 
 
 @pytest.mark.parametrize("spoil", ["empty", "cut", "text", "other", "lacking", "misshapen"])
