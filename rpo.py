@@ -72,7 +72,8 @@ def rpo_loss(
 
     loss_ref: (batch,) ℓ(θ; x_ref), instance prompt. loss_gen: (batch,) ℓ(θ; x_gen), the prompt that drew x_gen.
     base_loss_ref, base_loss_gen: (batch,) the same of the frozen θ₀, with the same ε and t; they get no gradient.
-    label: (batch,) y, 1 where the photo is preferred. beta: β > 0, how sharp the preference is; 1.0 in the paper.
+    label: (batch,) y in [0, 1], not checked: 1 where the photo is preferred, 0 where the negative is.
+    beta: β > 0, how sharp the preference is; 1.0 in the paper.
     preference_weight: of the second term; 1 in the paper, 0 leaves the similarity alone.
     Raises ValueError if the shapes differ, beta is not a positive number, or the weight is negative or not finite.
     """

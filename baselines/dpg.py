@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-CLASS_PROMPT = "a photo of a {noun}"  # of as many images as DreamBooth has; the authors' command has 8
+CLASS_PROMPT = "a photo of a {noun}"
 GAMMA = 0.9986
 REWARDS = ("look-forward", "dino")
 

@@ -151,12 +151,11 @@ def _require(name: str, value: object, *supported: object) -> None:
 
 
 def _height_width(name: str, value: object) -> tuple[int, int]:
-    if isinstance(value, tuple):
-        return value
-    if isinstance(value, int):
-        return value, value
-    if isinstance(value, dict) and value.keys() >= {"height", "width"}:
-        return value["height"], value["width"]
+    """(height, width), whole numbers above 0, from any of the forms in which ALIGNImageConfig takes a size."""
+    pair = (value.get("height"), value.get("width")) if isinstance(value, dict) else value
+    pair = (pair, pair) if isinstance(pair, int) else pair
+    if isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair):
+        return pair
     raise CheckpointError(f"ALIGN config: preprocessor {name} is {value!r}, supported: height and width")
 
 

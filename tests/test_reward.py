@@ -158,8 +158,8 @@ def test_alignments_by_hand():
 
 def test_each_negative_gets_its_own_reward_with_its_own_prompt():
     """The release's bug: every label used the reward of the prompt's first negative, whichever image was drawn."""
-    images = [RED, GREEN, colour(200, 30, 10), BLUE, colour(10, 90, 40), GREY]  # two of each prompt, all different
-    prompts = ["a [V] dog", "a [V] dog", "a [V] dog in the snow", "a [V] dog in the snow", "a red [V] dog", "a red dog"]
+    images = [colour(13 * i, 250 - 11 * i, 7 * i) for i in range(18)]  # six of each prompt, all different; two batches
+    prompts = ["a [V] dog"] * 6 + ["a [V] dog in the snow"] * 6 + ["a red [V] dog"] * 5 + ["a red dog"]
 
     def make():
         return Reward(FakeALIGN(), FakeTokenizer(), [colour(250, 60, 0), BLUE])
@@ -168,7 +168,7 @@ def test_each_negative_gets_its_own_reward_with_its_own_prompt():
     alone = torch.cat([make()([image], [prompt], 0.3) for image, prompt in zip(images, prompts, strict=True)])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
     assert len({round(value, 4) for value in together.tolist()}) == len(images)
-    order = [4, 2, 5, 0, 3, 1]
+    order = [5 * i % 18 for i in range(18)]
     shuffled = make()([images[i] for i in order], [prompts[i] for i in order], 0.3)
     torch.testing.assert_close(shuffled, together[order], atol=1e-6, rtol=0)
 

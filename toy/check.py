@@ -116,7 +116,7 @@ def check_clip(clip: CLIP, seed: int) -> Iterator[Row]:
 def check_base(base: StableDiffusion, clip: CLIP, seed: int, count: int, path: Path) -> Iterator[Row]:
     asked = random_prompts(count, random.Random(f"check base {seed}"))
     kinds, prompts = zip(*asked, strict=True)
-    guidance, seeds = recommended(WEIGHTS)[0]["guidance"], range(1000 * seed, 1000 * seed + count)
+    guidance, seeds = recommended(WEIGHTS)[0].get("guidance", 7.5), range(1000 * seed, 1000 * seed + count)
     with tqdm(total=count, desc="base", leave=False) as bar:
         images = base.generate(prompts, seeds, steps=20, guidance=guidance, sampler="dpm++", on_batch=bar.update)
     seen = seen_by_clip(clip, images, kinds)
