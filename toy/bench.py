@@ -2,7 +2,7 @@
 
     python -m toy.bench --quick              # minutes: two subjects, one seed, the four methods, 120 steps
     python -m toy.bench                      # six subjects, two seeds, everything: hours on two cores
-    python -m toy.bench --only methods loss  # some groups: rpo, methods, loss, lambda_train, beta_tau, coin, lr
+    python -m toy.bench --only methods loss  # some groups: rpo, methods, loss, lambda_train, beta_tau, sure, coin, lr
     python -m toy.bench --only rpo --subjects dog-1 --seeds 0 1 2 --images 2  # README's first table
 
 Every variant trains with train.py's own Trainer, from the same photos, for the same number of steps, with the base's
@@ -65,8 +65,8 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "β 2000": ["--beta", "2000"],
         "τ 0.02": ["--tau", "0.02"],
         "β 2000, τ 0.02": ["--beta", "2000", "--tau", "0.02"],
-        "λ_train 0.7, τ 0.02": ["--lambda-train", "0.7", "--tau", "0.02"],
     },
+    "sure": {"λ_train 0.7, τ 0.02": ["--lambda-train", "0.7", "--tau", "0.02"]},
     "coin": {"RPO, P for y": []},
     "lr": {f"{m}, lr {lr}": [*METHODS[m], "--lr", lr] for m in METHODS for lr in ("1e-5", "3e-5", "1e-4")},
 }
@@ -301,12 +301,14 @@ class Bench:
             *self.table("Harmonic or arithmetic mean", [("RPO", "λ_val 0.3"), ("RPO", "λ_val 0.3, arithmetic")]),
             *self.table("λ_train", [*rpo, *names["lambda_train"]]),
             *self.table("β and τ", [*rpo, *names["beta_tau"]]),
+            *self.table("Labels that are sure of the photo", [*rpo, *names["sure"]]),
             *self.table("Learning rates", names["lr"]),
             "Means over the second half of a run's steps; a step's Δ and P are means over its pairs.\n",
             f"| labels and margins | runs | {' | '.join(LOGGED)} |",
             "|---|" + "---|" * (1 + len(LOGGED)),
         ]
-        for name in [name for group in ("rpo", "loss", "coin", "lambda_train", "beta_tau") for name in GROUPS[group]]:
+        weighed = ("rpo", "loss", "coin", "lambda_train", "beta_tau", "sure")  # the groups that log P and Δ
+        for name in [name for group in weighed for name in GROUPS[group]]:
             if rows := self.rows(variant=name, choice=""):
                 cells = {title: f"{statistics.mean(row[key] for row in rows):.4f}" for title, key in LOGGED.items()}
                 if name in GROUPS["coin"]:  # its y is no label to agree with
