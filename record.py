@@ -157,17 +157,32 @@ def fingerprint(args: argparse.Namespace, subject: Subject) -> dict[str, object]
 def check_place(ckpt: Path, resume: bool, photos: Path) -> None:
     """Say what a run with this result would replace. Raises ValueError if it cannot be written, or resumed.
 
-    Nor may it lie among the `photos`, a folder: the next run would take the film strip for one of them.
+    Nor may it replace what no run has written, such as a base model, or lie among the `photos`, a folder: the next run
+    would take the film strip for one of them.
     """
-    state = ckpt.with_suffix(STATE)
+    results = [ckpt.with_suffix(ending) for ending in (".safetensors", ".jsonl", ".png", STATE)]
+    _, history, _, state = results
     if ckpt.parent.resolve() == photos.resolve():
         raise ValueError(f"--ckpt {ckpt} lies among the photos in {photos}: give another folder")
-    for ending in (".safetensors", ".jsonl", ".png", STATE):
-        cli.check_writable(ckpt.with_suffix(ending))
-    if resume and not state.is_file():
-        raise ValueError(f"there is nothing to resume: {state} is missing")
-    if ckpt.exists() and not resume:
-        print(f"{ckpt} exists and will be replaced at the first validation after step 0, its .jsonl and .png at")
-        print("step 0; --ckpt NAME keeps them")
-    if state.exists() and not resume:
-        print(f"{state} is of an interrupted run and will be replaced; --resume goes on with it")
+    for path in results:
+        cli.check_writable(path)
+    if resume:
+        if not state.is_file():
+            raise ValueError(f"there is nothing to resume: {state} is missing")
+        return
+    there = [path for path in results if path.exists()]
+    if there and not state.exists() and not (_is_result(ckpt) if ckpt.exists() else history.exists()):
+        raise ValueError(f"{there[0]} is not train.py's, and would be replaced: move it, or give another --ckpt")
+    if there:
+        names = ", ".join(map(str, there))
+        print(f"{names}: will be replaced, from step 0 on; --ckpt NAME keeps them")
+    if state.exists():
+        print(f"{state} is of an interrupted run; --resume goes on with it")
+
+
+def _is_result(ckpt: Path) -> bool:
+    """Does its header say that train.py has written it?"""
+    try:
+        return {"version", "noun", "step"} <= read_metadata(ckpt).keys()
+    except CheckpointError:
+        return False

@@ -284,11 +284,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         trainer.prepare()
         trainer.train()
-    except KeyboardInterrupt:
-        saved = trainer.record.saved
+    except BaseException as error:
+        interrupted, saved = isinstance(error, KeyboardInterrupt), trainer.record.saved
         hint = "start again" if saved is None else f"--resume goes on after step {saved}"
-        print(f"\ninterrupted: {trainer.record.summary()}; {hint}")
-        return 130
+        if interrupted or saved is not None:
+            print(f"\n{'interrupted' if interrupted else 'broken off'}: {trainer.record.summary()}; {hint}")
+        if interrupted:
+            return 130
+        raise
     args.ckpt.with_suffix(STATE).unlink(missing_ok=True)
     print(trainer.record.summary())
     return 0

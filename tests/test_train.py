@@ -440,6 +440,41 @@ def test_a_new_run_over_an_interrupted_one_says_so(run, interrupted, capsys):
     assert f"{STATE} is of an interrupted run" in capsys.readouterr().out
 
 
+def test_a_new_run_over_a_result_says_what_it_replaces(run, tmp_path, capsys):
+    assert run("--steps", 2) == 0
+    assert "replaced" not in capsys.readouterr().out
+    assert run("--steps", 2) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "will be replaced" in line)
+    assert all(name in line for name in RESULT)
+
+
+@pytest.mark.parametrize("name", ["best.png", "best.safetensors"])
+def test_what_no_run_has_written_is_not_replaced(run, tmp_path, capsys, name):
+    """A picture of the user's, and a model: A1111's --ckpt is the base."""
+    tensors = {"model.diffusion_model.out.2.bias": torch.zeros(4)}
+    save_file(tensors, tmp_path / name, {"format": "pt"})
+    before = (tmp_path / name).read_bytes()
+    assert run() == 2
+    assert name in (line := error_line(capsys)) and "--ckpt" in line
+    assert files_in(tmp_path) == [name] and (tmp_path / name).read_bytes() == before
+
+
+def test_a_run_that_breaks_off_says_what_it_has_kept(run, tmp_path, monkeypatch, capsys):
+    step = Watched.step
+
+    def not_finite(self, n):
+        if n == 4:
+            raise FloatingPointError("the loss is nan")
+        return step(self, n)
+
+    monkeypatch.setattr(Watched, "step", not_finite)
+    monkeypatch.setattr(record, "PAUSE", 0)
+    assert run() == 2
+    told = capsys.readouterr()
+    assert "the loss is nan" in told.err.splitlines()[-1]
+    assert "kept step 2" in told.out and "--resume goes on after step 2" in told.out
+
+
 def test_interrupted_while_drawing_negatives_promises_nothing(run, tmp_path, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -654,6 +689,7 @@ def test_bad_option_is_one_line(run, tmp_path, capsys, option):
     assert run(*option) == 2
     line = error_line(capsys)
     assert option[0] in line or option[0].split("-")[-1] in line
+    assert len(option) < 2 or "expected one argument" not in line  # -1e-4 is a number, not a flag
     assert files_in(tmp_path) == []
 
 
