@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -35,6 +36,7 @@ class Parser(argparse.ArgumentParser):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a λ should not end a run where the output's encoding has none
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)  # argparse lacks -1e-4
 
     def error(self, message: str):
         told = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
@@ -163,7 +165,10 @@ def base_of(args: argparse.Namespace, ckpt: Path | None, header: dict) -> tuple[
         return args.base or EMBEDDED_BASE, args.variant, prediction_type
     name = header.get("base")
     if not name:
-        raise ValueError(f"{ckpt} does not say which base model it belongs to: name it with --base")
+        raise ValueError(
+            f"{ckpt} does not say which base model it belongs to: name it with --base, or, if it is a whole model, "
+            "give it as --base instead"
+        )
     if not base_folder(name).exists():
         raise ValueError(f"{ckpt} belongs to the base model {name}, which is not there: name it with --base")
     return base_folder(name), args.variant or header.get("variant"), prediction_type
