@@ -1,14 +1,18 @@
 """The training loop of the embedded base: it learns, and a resumed run ends as an unbroken one does."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from model.vae import VAE, VAEConfig
+from model.weights import config_from
 from toy import data, loop, pretrain, world
+from toy.networks import write_part
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +51,47 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
         run(30, stop_at=17)
     resumed = run(30)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole if name != "loss")
+
+
+def test_a_resumed_refinement_stays_near_the_same_vae(tmp_path, monkeypatch):
+    """While it runs, weights/toy is replaced by what it has learned, and must not become what it is held to."""
+    sizes = {"block_out_channels": [4, 4, 4, 4], "norm_num_groups": 2}
+    monkeypatch.setattr(pretrain, "VAE_CONFIG", pretrain.VAE_CONFIG | sizes)
+    monkeypatch.setattr(pretrain, "WEIGHTS", weights := tmp_path / "weights")
+    monkeypatch.setattr(pretrain, "CACHE", tmp_path)
+    np.save(tmp_path / "drawings.npy", np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8))
+    (tmp_path / "captions.json").write_text("[]")
+    torch.manual_seed(0)
+    begin = VAE(config_from(VAEConfig, pretrain.VAE_CONFIG)).state_dict()
+    clock = iter(range(0, 100_000, 1000))  # a checkpoint after every step
+    monkeypatch.setattr(loop, "time", SimpleNamespace(time=lambda: next(clock)))
+
+    def refined(stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        if not (tmp_path / "vae-refine.pt").exists():
+            write_part(weights / "vae", pretrain.VAE_CONFIG, begin, "diffusion_pytorch_model.safetensors")
+        with monkeypatch.context() as patch:
+            if stop_at:
+                pixels = iter(range(100))
+                patch.setattr(data.Data, "pixels", stopping(data.Data.pixels, pixels, stop_at))
+            pretrain.train_vae(6, 2, "cpu", stage="vae-refine")
+        return load_file(weights / "vae" / "diffusion_pytorch_model.safetensors")
+
+    whole = refined()
+    with pytest.raises(KeyboardInterrupt):
+        refined(stop_at=3)
+    resumed = refined()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def stopping(pixels, calls, stop_at: int):
+    """Data.pixels, which is interrupted at its call number `stop_at`."""
+
+    def read(self, *arguments):
+        if next(calls) == stop_at:
+            raise KeyboardInterrupt
+        return pixels(self, *arguments)
+
+    return read
 
 
 def test_what_is_done_is_begun_anew(tmp_path):

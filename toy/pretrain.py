@@ -29,6 +29,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -39,9 +40,9 @@ from model.scheduler import Scheduler
 from model.tokenizer import BertTokenizer, CLIPTokenizer
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
-from model.weights import config_from, read_json
+from model.weights import config_from, read_json, save_tensors
 from toy import world
-from toy.data import Data, encoded, make_data
+from toy.data import CACHE, Data, encoded, make_data
 from toy.loop import fit
 from toy.networks import (
     DINO_CONFIG,
@@ -72,6 +73,16 @@ def begun(network: nn.Module, part: str, go_on: bool) -> nn.Module:
     return network
 
 
+def anchor_of(vae: VAE) -> VAE:
+    """The VAE as vae-refine began with it: kept in toy/cache, for a resumed run finds a newer one in weights/toy."""
+    path = CACHE / "vae-refine.anchor.safetensors"
+    if not (CACHE / "vae-refine.pt").exists():  # fit's state: there is nothing to resume
+        save_tensors(vae.state_dict(), path, {})
+    anchor = copy.deepcopy(vae)
+    anchor.load_state_dict(load_file(path))
+    return anchor
+
+
 def train_vae(steps: int, batch: int, device: str, go_on: bool = False, stage: str = "vae") -> None:
     """L1 + MSE + a little KL, in stages. "vae": random 64-pixel crops, a quarter of the cost. "vae-full": goes on
     with whole pictures. "vae-refine": goes on with log MSE a picture, that is PSNR, so that a plain picture counts as
@@ -82,7 +93,7 @@ def train_vae(steps: int, batch: int, device: str, go_on: bool = False, stage: s
     vae = begun(VAE(config_from(VAEConfig, VAE_CONFIG)), "vae", go_on or stage != "vae")
     vae.to(memory_format=torch.channels_last)
     refine = stage == "vae-refine"
-    before = copy.deepcopy(vae).requires_grad_(False).to(device) if refine else None
+    before = anchor_of(vae).requires_grad_(False).to(device) if refine else None
     scaling_factor = read_json(WEIGHTS / "vae" / "config.json")["scaling_factor"] if refine else None
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -102,12 +113,15 @@ def train_vae(steps: int, batch: int, device: str, go_on: bool = False, stage: s
         return error.abs().mean() + mse + 1e-6 * kl, {"psnr": psnr, "kl": float(kl)}
 
     def save(tensors: dict[str, Tensor]) -> None:
-        average = VAE(config_from(VAEConfig, VAE_CONFIG))
-        average.load_state_dict(tensors)
-        average.eval().to(device)
-        with torch.no_grad():
-            latents = torch.cat([average.encode(data.pixels(range(i, i + 64)))[0] for i in range(0, 512, 64)])
-        config = VAE_CONFIG | {"scaling_factor": scaling_factor or round(1 / latents.std().item(), 5)}
+        scale = scaling_factor
+        if not refine:
+            average = VAE(config_from(VAEConfig, VAE_CONFIG))
+            average.load_state_dict(tensors)
+            average.eval().to(device)
+            with torch.no_grad():
+                latents = torch.cat([average.encode(data.pixels(range(i, i + 64)))[0] for i in range(0, 512, 64)])
+            scale = round(1 / latents.std().item(), 5)
+        config = VAE_CONFIG | {"scaling_factor": scale}
         write_part(WEIGHTS / "vae", config, tensors, "diffusion_pytorch_model.safetensors")
 
     lr = {"vae": 2e-3, "vae-full": 1e-3, "vae-refine": 1e-3}[stage]
