@@ -178,7 +178,10 @@ class Evaluator:
 
 
 def whole(path: Path) -> Image.Image:
-    """A photo in its own resolution, from which each network's preprocessing starts; square, as training sees it."""
+    """A photo in its own resolution, from which each network's preprocessing starts; square, as training sees it.
+
+    The released evaluation cuts nothing beforehand, which differs for photos that are not square.
+    """
     with Image.open(path) as image:
         side = min(image.size)
     return open_photo(path, side)

@@ -38,7 +38,7 @@ from toy import world
 from toy.networks import WEIGHTS
 
 PARTS = ("vae", "clip", "align", "dino", "base")
-QUERIES, OTHERS, HIDING = 100, 50, ("red", "purple", "green", "cube shaped")
+QUERIES, OTHERS, HIDING = 500, 50, ("red", "purple", "green", "cube shaped")
 Row = tuple[str, float, float | None, str]  # what, measured, bar (None: only reported), unit
 
 
@@ -116,9 +116,10 @@ def check_clip(clip: CLIP, seed: int) -> Iterator[Row]:
 def check_base(base: StableDiffusion, clip: CLIP, seed: int, count: int, path: Path) -> Iterator[Row]:
     asked = random_prompts(count, random.Random(f"check base {seed}"))
     kinds, prompts = zip(*asked, strict=True)
-    guidance, seeds = recommended(WEIGHTS)[0].get("guidance", 7.5), range(1000 * seed, 1000 * seed + count)
+    settings, seeds = recommended(WEIGHTS)[0], range(1000 * seed, 1000 * seed + count)
+    steps, guidance = settings.get("solver_steps", 20), settings.get("guidance", 7.5)
     with tqdm(total=count, desc="base", leave=False) as bar:
-        images = base.generate(prompts, seeds, steps=20, guidance=guidance, sampler="dpm++", on_batch=bar.update)
+        images = base.generate(prompts, seeds, steps=steps, guidance=guidance, on_batch=bar.update)
     seen = seen_by_clip(clip, images, kinds)
     right = [a == s for a, s in zip(asked, seen, strict=True)]
     world.sheet(list(map(tile, images, prompts, right)), columns=min(12, count)).save(path)
