@@ -4,11 +4,13 @@ import argparse
 import json
 
 import pytest
-from tiny import write_base, write_metrics
+import torch
+from PIL import Image
+from tiny import call, write_base, write_metrics
 
 import train
 from toy import bench as module
-from toy.bench import CHOICES, GROUPS, LOGGED, METHODS, SCORES, VALIDATED, Bench, reserved
+from toy.bench import CHOICES, GROUPS, LOGGED, METHODS, SCORES, SELECTED, VALIDATED, Bench, Watched, reserved
 
 
 @pytest.fixture
@@ -16,9 +18,9 @@ def bench(tmp_path):
     return Bench(tmp_path, steps=400, images=4)
 
 
-def note(bench, variant, subject, seed, score, choice=""):
+def note(bench, variant, subject, seed, score, choice="", step=40):
     scores = dict.fromkeys((*VALIDATED, *SCORES), score) | dict.fromkeys(LOGGED.values(), 0.5)
-    bench.note(variant=variant, choice=choice, subject=subject, seed=seed, step=40, seconds=1.5, **scores)
+    bench.note(variant=variant, choice=choice, subject=subject, seed=seed, step=step, seconds=1.5, **scores)
 
 
 def test_results_of_other_weights_steps_or_images_do_not_count(bench, tmp_path):
@@ -58,6 +60,97 @@ def test_one_run_has_no_spread(bench):
     title, _, _, first, second, _ = bench.table("Methods", [("RPO", ""), ("DreamBooth", "")])
     assert "one run each: dog-2" in title and "±" not in first + second
     assert "| 0.500 |" in first and "| 0.250 (-0.250) |" in second
+
+
+def test_the_dog_of_the_learning_rate_is_in_no_comparison(bench):
+    variants = [("base", ""), *((name, "") for name in GROUPS["loss"] | METHODS), *(("RPO", name) for name in CHOICES)]
+    for variant, choice in variants:
+        note(bench, variant, "dog-2", 0, 0.5, choice)
+        note(bench, variant, "cat-0", 1, 0.5, choice)
+        note(bench, variant, "dog-1", 0, 0.25, choice)
+    for variant in GROUPS["lr"]:
+        note(bench, variant, "dog-3", 0, 0.125)
+    bench.tables()
+    tables = (bench.out / "tables.md").read_text(encoding="utf-8")
+    weights, precision = bench.made_with["weights"], bench.made_with["precision"]
+    assert tables.startswith(f"Base weights {weights}, 400 steps, 4 images a prompt, {precision}.\n\n")
+    titles = [line for line in tables.splitlines() if line.startswith("**")]
+    assert titles.pop(0) == "**RPO and the base, data/dog** (one run each: dog-1)"
+    assert titles.pop() == "**Learning rates** (one run each: dog-3)"
+    assert len(titles) == 4 and all(title.endswith("** (2 runs each: cat-0, dog-2)") for title in titles)
+    assert "| RPO | 2 |" in tables  # of labels and margins
+
+
+def test_the_figures_are_of_the_first_run_whose_lambdas_kept_different_steps(bench):
+    bench.figures([("dog-2", 0)])  # of nothing: none
+    assert not list(bench.out.glob("*.png"))
+    lambdas, colours = list(CHOICES)[:3], {}
+    runs = {("dog-2", 0): (40, 80, 80), ("dog-2", 1): (40, 80, 120), ("cat-0", 0): (80, 120, 160)}
+    for index, ((subject, seed), steps) in enumerate(runs.items()):
+        (bench.out / "photos" / subject).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (128, 128)).save(bench.out / "photos" / subject / "00.png")
+        kept = {("base", ""): 0, ("RPO", ""): 40, ("DreamBooth", ""): 400, ("similarity only", ""): 360}
+        kept |= {("RPO", choice): step for choice, step in zip(lambdas, steps, strict=True)}
+        for i, ((variant, choice), step) in enumerate(kept.items()):
+            note(bench, variant, subject, seed, 0.5, choice, step)
+            name = f"{variant} {choice}".strip()
+            colours[subject, seed, name] = (80 * index, 30 * i, 255)
+            Image.new("RGB", (768, 128), colours[subject, seed, name]).save(bench.figure_row(subject, seed, name))
+
+    def rows(file):
+        page = Image.open(bench.out / file).convert("RGB")
+        return [page.getpixel((500, y)) for y in range(192, page.height, 128)]
+
+    def expected(subject, seed, *names):
+        return [colours[subject, seed, name] for name in names]
+
+    methods, lambda_val = ("base", "RPO", "DreamBooth", "similarity only"), ("base", *(f"RPO {c}" for c in lambdas))
+    bench.figures(list(runs))
+    assert rows("methods.png") == expected("dog-2", 1, *methods)
+    assert rows("lambda_val.png") == expected("dog-2", 1, *lambda_val)
+    bench.figure_row("dog-2", 1, lambda_val[-1]).unlink()
+    bench.figures(list(runs))
+    assert rows("lambda_val.png") == expected("cat-0", 0, *lambda_val)
+    bench.figures(list(runs)[:2])  # in neither
+    assert rows("lambda_val.png") == expected("dog-2", 0, *lambda_val)
+
+
+def test_a_label_says_which_step_was_kept(bench, monkeypatch):
+    written = []
+    monkeypatch.setattr(module.ImageDraw.ImageDraw, "text", lambda draw, place, text, **_: written.append(text))
+    (bench.out / "photos" / "dog-2").mkdir(parents=True)
+    Image.new("RGB", (128, 128)).save(bench.out / "photos" / "dog-2" / "00.png")
+    for variant, choice, step in (("base", "", 0), ("RPO", "λ_val 0.5", 120), ("DPG, DINO", "", 400)):
+        note(bench, variant, "dog-2", 1, 0.5, choice, step)
+        Image.new("RGB", (768, 128)).save(bench.figure_row("dog-2", 1, f"{variant} {choice}".strip()))
+    bench.figure("some.png", "dog-2", 1, ["base", "RPO λ_val 0.5", "DPG, DINO", "unknown"])
+    labels = ["dog-2\nseed 1\nphotos", "base\nstep 0", "RPO lambda_val 0.5\nstep 120", "DPG\nDINO\nstep 400"]
+    assert [text for text in written if "\n" in text] == labels
+
+
+def test_the_command_draws_the_figures_of_all_its_runs(monkeypatch, tmp_path, capsys):
+    drawn = []
+    monkeypatch.setattr(Bench, "all", lambda *_: None)
+    monkeypatch.setattr(Bench, "figures", lambda bench, runs: drawn.extend(runs))
+    call(module, monkeypatch, "--out", tmp_path, "--subjects", "dog-2", "cat-0", "--seeds", 1, 2)
+    assert drawn == [("dog-2", 1), ("dog-2", 2), ("cat-0", 1), ("cat-0", 2)]
+    assert capsys.readouterr().out.startswith("Base weights")
+
+
+def test_each_choice_keeps_its_own_validation():
+    trainer = object.__new__(Watched)
+    pictures = {  # ALIGN-I and ALIGN-T of each
+        0: [(1.0, 1.0)],  # the base: best, and never kept
+        40: [(0.3, 0.7)],
+        80: [(0.6, 0.4)],
+        120: [(0.8, 0.3)],
+        160: [(0.1, 0.9), (0.7, 0.6)],  # what the arithmetic mean forgives; the harmonic one of the two's means would
+        200: [(0.1, 0.1)],
+    }
+    trainer.scored = {step: tuple(torch.tensor(pairs).T) for step, pairs in pictures.items()}
+    kept = {"λ_val 0.3": 40, "λ_val 0.5": 80, "λ_val 0.7": 120, "λ_val 0.3, arithmetic": 160, "no early stopping": 200}
+    assert {name: trainer.chosen(choice) for name, choice in CHOICES.items()} == kept
+    assert trainer.chosen(SELECTED["similarity only"]["no early stopping"]) == 200
 
 
 def test_reserved_subjects_are_named():

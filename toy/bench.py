@@ -11,9 +11,9 @@ draws them, and scored by metrics.py; nothing was chosen by these prompts. What 
 the mean, early stopping) uses one run's saved validations. Pictures that variants share, the negatives and the
 base's, are drawn once, and count for the seconds of each.
 
---out holds results.jsonl, a line a result; tables.md; and the figures. An interrupted benchmark goes on when it is
-started again. Two may fill one --out side by side, with other --only, --subjects or --seeds. A line counts only for the
-weights, steps, images and precision that it was made with.
+--out holds results.jsonl, a line a result; tables.md, which compares on the six subjects alone; and the figures. An
+interrupted benchmark goes on when it is started again. Two may fill one --out side by side, with other --only,
+--subjects or --seeds. A line counts only for the weights, steps, images and precision that it was made with.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from toy.networks import WEIGHTS
 
 SUBJECTS = ("dog-2", "cat-0", "rabbit-1", "backpack-0", "clock-0", "teapot-1")  # reserved: no training has seen them
 TUNING = ("dog-3",)  # for the learning rates alone
+EXAMPLE = ("dog-1",)  # data/dog: the learning rate was first chosen on it, so no comparison counts it
 METHODS = {
     "RPO": [],
     "DreamBooth": ["--method", "dreambooth", "--keep-last"],
@@ -255,13 +256,17 @@ class Bench:
 
     # ------------------------------------------------------------------------------------------ what comes out
 
-    def table(self, title: str, variants: list[tuple[str, str]]) -> Iterator[str]:
-        """Mean ± standard deviation over subjects and seeds, of the runs that all of these variants have.
+    def runs(self, variant: tuple[str, str], subjects: tuple[str, ...] = SUBJECTS) -> dict[tuple[str, int], dict]:
+        """The results of a variant and a choice on these subjects, by subject and seed."""
+        rows = self.rows(variant=variant[0], choice=variant[1])
+        return {(row["subject"], row["seed"]): row for row in rows if row["subject"] in subjects}
+
+    def table(self, title: str, variants: list[tuple[str, str]], subjects: tuple[str, ...] = SUBJECTS) -> Iterator[str]:
+        """Mean ± standard deviation over these subjects and their seeds, of the runs that all of these variants have.
 
         In brackets: the difference from the first of them, run by run, and its standard error.
         """
-        results = {v: {(r["subject"], r["seed"]): r for r in self.rows(variant=v[0], choice=v[1])} for v in variants}
-        results = {variant: found for variant, found in results.items() if found}
+        results = {variant: found for variant in variants if (found := self.runs(variant, subjects))}
         if len(results) < 2 or not (runs := sorted(set.intersection(*map(set, results.values())))):
             return
         count = "one run each" if len(runs) == 1 else f"{len(runs)} runs each"
@@ -286,7 +291,8 @@ class Bench:
         """tables.md, from what there is."""
         rpo, names = [("RPO", "")], {group: [(name, "") for name in GROUPS[group]] for group in GROUPS}
         lines = [
-            *self.table("RPO and the base", [("base", ""), *rpo]),
+            "Base weights {weights}, {steps} steps, {images} images a prompt, {precision}.\n".format(**self.made_with),
+            *self.table("RPO and the base, data/dog", [("base", ""), *rpo], EXAMPLE),
             *self.table("Methods", [*rpo, ("base", ""), *names["methods"][1:]]),
             *self.table(
                 "Loss and early stopping",
@@ -302,33 +308,47 @@ class Bench:
             *self.table("λ_train", [*rpo, *names["lambda_train"]]),
             *self.table("β and τ", [*rpo, *names["beta_tau"]]),
             *self.table("Labels that are sure of the photo", [*rpo, *names["sure"]]),
-            *self.table("Learning rates", names["lr"]),
+            *self.table("Learning rates", names["lr"], TUNING),
             "Means over the second half of a run's steps; a step's Δ and P are means over its pairs.\n",
             f"| labels and margins | runs | {' | '.join(LOGGED)} |",
             "|---|" + "---|" * (1 + len(LOGGED)),
         ]
         weighed = ("rpo", "loss", "coin", "lambda_train", "beta_tau", "sure")  # the groups that log P and Δ
         for name in [name for group in weighed for name in GROUPS[group]]:
-            if rows := self.rows(variant=name, choice=""):
+            if rows := self.runs((name, "")).values():
                 cells = {title: f"{statistics.mean(row[key] for row in rows):.4f}" for title, key in LOGGED.items()}
                 if name in GROUPS["coin"]:  # its y is no label to agree with
                     cells |= {"share of y = 1": "", "agreement": ""}
                 lines.append(f"| {name} | {len(rows)} | {' | '.join(cells.values())} |")
         (self.out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def figure(self, path: Path, subject: str, seed: int, names: list[str]) -> None:
+    def kept(self, subject: str, seed: int) -> dict[str, int]:
+        """The steps that the variants and choices of a run kept, of those that there are pictures of."""
+        steps = {f"{r['variant']} {r['choice']}".strip(): r["step"] for r in self.rows(subject=subject, seed=seed)}
+        return {name: step for name, step in steps.items() if self.figure_row(subject, seed, name).exists()}
+
+    def figures(self, runs: list[tuple[str, int]]) -> None:
+        """methods.png and lambda_val.png: of the first run in which each λ_val kept another step, else of the first."""
+        lambdas = [f"RPO {choice}" for choice in list(CHOICES)[:3]]
+        differ = (run for run in runs if len({self.kept(*run).get(name) for name in lambdas} - {None}) == len(lambdas))
+        run = next(differ, runs[0])
+        self.figure("methods.png", *run, ["base", *METHODS, *GROUPS["loss"]])
+        self.figure("lambda_val.png", *run, ["base", *lambdas])
+
+    def figure(self, file: str, subject: str, seed: int, names: list[str]) -> None:
         """A row a variant, the same prompts and noise in every column; the photos on top."""
-        rows = [(n, Image.open(p)) for n in names if (p := self.figure_row(subject, seed, n)).exists()]
+        kept = self.kept(subject, seed)
+        rows = [(f"{n}, step {kept[n]}", Image.open(self.figure_row(subject, seed, n))) for n in names if n in kept]
         if len(rows) < 2:
             return
-        left, height = 110, rows[0][1].height
+        left = height = rows[0][1].height
         page = Image.new("RGB", (left + rows[0][1].width, height * (len(rows) + 1)), "white")
         photos = world.sheet([Image.open(p) for p in sorted((self.out / "photos" / subject).iterdir())], 5)
-        for i, (name, row) in enumerate([("photos", photos), *rows]):
+        for i, (name, row) in enumerate([(f"{subject}, seed {seed}, photos", photos), *rows]):
             page.paste(row, (left, i * height))
-            name = name.replace(", ", ",\n").replace("λ", "lambda")  # Pillow's own font has no λ
-            ImageDraw.Draw(page).text((4, i * height + height // 2), name, fill="black")
-        page.save(path)
+            name = name.replace(", ", "\n").replace("λ", "lambda")  # Pillow's own font has no λ
+            ImageDraw.Draw(page).text((4, i * height + height // 3), name, fill="black", font_size=13)
+        page.quantize().save(self.out / file)
 
 
 def expected_label(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -374,9 +394,7 @@ def main() -> None:
     bench = Bench(args.out, args.steps, args.images)
     bench.all(subjects, args.seeds, args.only or [group for group in GROUPS if group != "lr"])
     bench.tables()
-    bench.figure(args.out / "methods.png", subjects[0], args.seeds[0], ["base", *METHODS])
-    rows = ["base", *(f"RPO {name}" for name in list(CHOICES)[:3])]
-    bench.figure(args.out / "lambda_val.png", subjects[0], args.seeds[0], rows)
+    bench.figures([(subject, seed) for subject in subjects for seed in args.seeds])
     print((args.out / "tables.md").read_text(encoding="utf-8"))
 
 
