@@ -217,14 +217,52 @@ def test_both_dreambooths_are_trained_and_scored(base, dog, monkeypatch):
     assert sum("±" in line and line.startswith("| ") for line in lines) == 3
 
 
-def test_the_recipe_learns_photos_and_keeps_the_class(base, dog, tmp_path):
+def test_the_recipe_learns_photos_and_keeps_the_class(base, dog, tmp_path, monkeypatch):
+    from diffusers import DDPMScheduler
+
+    seen, build = {}, common.pipeline  # what the last call of each was given, and gave back
+
+    def spy(owner, method, name):
+        inner = getattr(owner, method)
+
+        def call(*inputs, **more):
+            output = inner(*inputs, **more)
+            seen[name] = inputs, output
+            return output
+
+        monkeypatch.setattr(owner, method, call)
+
+    def pipeline(*arguments):
+        pipe = seen["pipe"] = build(*arguments)
+        for owner, method in ((pipe.vae, "encode"), (pipe.text_encoder, "forward"), (pipe.unet, "forward")):
+            spy(owner, method, type(owner).__name__)
+        return pipe
+
+    monkeypatch.setattr(common, "pipeline", pipeline)
+    spy(dreambooth_peer, "class_images", "drawn")
+    spy(DDPMScheduler, "add_noise", "noised")
+    spy(torch.Tensor, "backward", "loss")
     settings = {"batch": 2, "class_images": 3, "guidance": 3.0, "solver_steps": 2, "lr": 1e-3}
     result = tmp_path / "theirs.safetensors"
     seconds = dreambooth_peer.recipe(base, dog, settings, 2, 0, CPU, result)
     assert seconds.keys() == {"load", "class images", "training"}
-    ours = StableDiffusion.from_pretrained(base)
-    before = ours.unet.state_dict()
-    after = read_tensors(result)
+
+    pipe, ((pixels,), _), ((ids,), encoded) = (seen[name] for name in ("pipe", "AutoencoderKL", "CLIPTextModel"))
+    photos, drawn = map(pipe.image_processor.preprocess, (load_photos(dog, 16), seen["drawn"][1]))
+    for picture, among in zip(pixels, (photos, photos, drawn, drawn), strict=True):
+        assert any(torch.equal(picture, one) for one in among)
+    prompts = ["a photo of [V] dog"] * 2 + ["a photo of a dog"] * 2
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    assert dog.instance_prompt == prompts[0] and torch.equal(ids, pipe.tokenizer(prompts, **options).input_ids)
+
+    (_, _, eps, t), x_t = seen["noised"]
+    (asked, at, given), prediction = seen["UNet2DConditionModel"]
+    assert len(t) == 4 and torch.equal(asked, x_t) and torch.equal(at, t) and torch.equal(given, encoded[0])
+    error = (prediction.sample - eps).square()
+    of_photos, of_class = error[:2].mean().item(), error[2:].mean().item()
+    assert seen["loss"][0][0].item() == pytest.approx(of_photos + 1.0 * of_class, rel=1e-5)
+
+    before, after = StableDiffusion.from_pretrained(base).unet.state_dict(), read_tensors(result)
     assert after.keys() == before.keys() and not torch.equal(after["conv_in.weight"], before["conv_in.weight"])
 
 
