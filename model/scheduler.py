@@ -55,13 +55,20 @@ class SchedulerConfig:
             if (value := getattr(self, name)) not in values:
                 expected = " or ".join(repr(value) for value in values)
                 raise CheckpointError(f"scheduler config: {name} is {value!r}, supported: {expected}")
+        if not (0 < self.beta_start < 1 and 0 < self.beta_end < 1):
+            betas = f"beta_start is {self.beta_start} and beta_end {self.beta_end}"
+            raise CheckpointError(f"scheduler config: {betas}; they should lie between 0 and 1")
+        for name, least in {"num_train_timesteps": 1, "steps_offset": 0}.items():
+            if (value := getattr(self, name)) < least:
+                raise CheckpointError(f"scheduler config: {name} is {value} and should be at least {least}")
 
 
 class Scheduler:
     """ᾱ_t for t = 0 .. num_train_timesteps - 1, and what follows from it.
 
     Wherever a method takes `t` it is an int, a 0-d tensor or a (B,) int64 tensor, one for each sample. The coefficients
-    are fp32 whatever the samples are. `alphas_cumprod` (T,) stays on the CPU and is moved when used.
+    are fp32 whatever the samples are. `alphas_cumprod` (T,) stays on the CPU and is moved when used. Raises
+    CheckpointError if some ᾱ_t is 0 or 1 in fp32: no sampler could divide by it, or by 1-ᾱ_t.
     """
 
     def __init__(self, config: SchedulerConfig = SchedulerConfig()):
@@ -69,6 +76,8 @@ class Scheduler:
         start, end, count = config.beta_start, config.beta_end, config.num_train_timesteps
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32, device="cpu") ** 2  # √β is linear
         self.alphas_cumprod = (1 - betas).cumprod(0)
+        if not 0 < self.alphas_cumprod[-1] <= self.alphas_cumprod[0] < 1:  # as rounded to fp32
+            raise CheckpointError(f"scheduler config: betas from {start} to {end} leave some x_t no signal or no noise")
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Scheduler:
@@ -162,23 +171,26 @@ class Scheduler:
         times = self.timesteps(steps, sampler)
         if sampler == "ddpm" and len(generators or ()) != len(latents):
             raise ValueError(f"ddpm draws noise: give one generator for each of the {len(latents)} images")
+        # A step goes to the level of the next t; DDIM in the SD releases to that of t - T // steps, next or not.
+        alphas, stride = self.alphas_cumprod.tolist(), self.config.num_train_timesteps // steps
+        after = [t - stride for t in times] if sampler == "ddim" else [*times[1:], -1]
         # The level after the last step is clean. DDIM in the SD releases stops at ᾱ_0 instead (set_alpha_to_one false).
-        stop_short = sampler == "ddim" and not self.config.set_alpha_to_one
-        levels = [*self.alphas_cumprod[times].tolist(), self.alphas_cumprod[0].item() if stop_short else 1.0]
+        clean = alphas[0] if sampler == "ddim" and not self.config.set_alpha_to_one else 1.0
 
         x, asked = latents, torch.tensor(times, device=latents.device)
         before = None  # x_0 and ᾱ of the step before, for dpm++
         for i, t in enumerate(times):
             prediction = denoise(x, asked[i])
             x_0, eps = self.to_x0_eps(prediction, x, t)
+            a_t, a_s = alphas[t], alphas[after[i]] if after[i] >= 0 else clean
             if sampler == "ddpm":
                 z = randn(x.shape[1:], generators, x.device)
-                x = ddpm_step(x, x_0, levels[i], levels[i + 1], z)
+                x = ddpm_step(x, x_0, a_t, a_s, z)
             elif sampler == "ddim":
-                x = ddim_step(x_0, eps, levels[i + 1])
+                x = ddim_step(x_0, eps, a_s)
             else:
-                x = dpm_step(x, x_0, levels[i], levels[i + 1], before)
-                before = x_0, levels[i]
+                x = dpm_step(x, x_0, a_t, a_s, before)
+                before = x_0, a_t
         return x
 
 
