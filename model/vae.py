@@ -7,6 +7,7 @@ says so where it diffuses.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ FIXED = {
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The fields of the public vae/config.json that change a number."""
+    """The fields of the public vae/config.json that change a number. Raises CheckpointError for a bad scale."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -42,6 +43,10 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215  # absent from SD 1.x's own file
+
+    def __post_init__(self):
+        if not 0 < self.scaling_factor < math.inf:
+            raise weights.CheckpointError(f"scaling_factor is {self.scaling_factor} and should be a number above 0")
 
 
 class VAE(nn.Module):

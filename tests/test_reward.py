@@ -1,6 +1,7 @@
 """The λ-Harmonic reward, with a tiny fake ALIGN whose features can be worked out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from reward import Reward, _to_unit, lambda_arithmetic, lambda_harmonic, strip_token
+from reward import Reward, _to_unit, lambda_arithmetic, lambda_harmonic, strip_token, unit_features
 
 ABOVE_0 = st.floats(1e-3, 1)
 LAMBDA = st.floats(0, 1)
@@ -113,11 +114,15 @@ class FakeALIGN(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.config = SimpleNamespace(text_config={"vocab_size": len(TEXTS)})
         self.weight = nn.Parameter(torch.ones(()))
         self.image_batches, self.text_batches = [], []
 
     def preprocess(self, images):
         return torch.stack([torch.tensor(image.getpixel((0, 0))) / 255 for image in images])
+
+    def forward(self, pixels):
+        return self.image_features(pixels)
 
     def image_features(self, pixels):
         self.image_batches.append(len(pixels))
@@ -131,6 +136,10 @@ class FakeALIGN(nn.Module):
 
 class FakeTokenizer:
     """A text's id is its place in TEXTS: a text that was not stripped of its token is a ValueError."""
+
+    def check_fits(self, config, network):
+        if config["vocab_size"] < len(TEXTS):
+            raise ValueError(f"{network} is too small")
 
     def __call__(self, texts):
         ids = torch.tensor([[list(TEXTS).index(text)] for text in texts])
@@ -210,6 +219,27 @@ def test_odd_calls():
         reward.alignments([RED, RED], ["a dog"])
     with pytest.raises(ValueError, match="at least one reference photo"):
         Reward(FakeALIGN(), FakeTokenizer(), [])
+    small = FakeALIGN()
+    small.config.text_config["vocab_size"] = 2
+    with pytest.raises(ValueError, match=r"^ALIGN is too small"):
+        Reward(small, FakeTokenizer(), [RED])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_no_numbers_are_told_with_the_network(value):
+    align = FakeALIGN()
+    reward = Reward(align, FakeTokenizer(), [RED])
+    align.weight.data.fill_(value)
+    words = "^FakeALIGN's features are not finite: its weights are damaged$"
+    with pytest.raises(ValueError, match=words):
+        Reward(align, FakeTokenizer(), [RED])
+    with pytest.raises(ValueError, match=words):
+        reward.alignments([RED], ["a dog"])
+    for _ in range(2):  # nor is it kept and given out the second time
+        with pytest.raises(ValueError, match=words):
+            reward.of_photos(["a dog"], 0.3)
+    with pytest.raises(ValueError, match=words):  # a network that is called itself, as DINO
+        unit_features(align, lambda items: torch.ones(len(items), 3), [1, 2], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("lam", [0, 0.3, 1])

@@ -1,5 +1,6 @@
 """sample.py on a tiny random base: which base, which prompts, which files, the same pictures again, and bad input."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,15 +12,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import UNET, WEIGHTS, call, error_line, files_in, write_base
+from tiny import UNET, WEIGHTS, call, error_line, files_in, write_base, write_photos
 
 import cli
 import sample
+import train
 from model.stable_diffusion import StableDiffusion
 from model.unet import UNet, UNetConfig
 from model.weights import config_from, save_tensors
 
 QUICK = ("--steps", 1, "--n", 1)
+TRAINING = ("--subject", "dog", "--steps", 2, "--validate-every", 1, "--solver-steps", 1, "--images-per-prompt", 1)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +220,8 @@ def test_a_prompt_given_twice_is_drawn_once(run, base, asked, tmp_path):
 def test_bad_option_is_one_line(run, base, tmp_path, capsys, option):
     assert run("--base", base, *option) == 2
     line = error_line(capsys)
-    assert option[0] in line or option[0].strip("-") in line or (option == ("--size", 17) and "side" in line)
+    named = {"--n": "--n", "--size": "si"}.get(option[0], option[0].strip("-"))  # --size 17: the picture's side
+    assert named in line
     assert files_in(tmp_path) == []
 
 
@@ -302,6 +306,113 @@ def test_incomplete_base_is_one_line(run, base, tmp_path, tmp_path_factory, caps
     assert run("--base", copy) == 2
     assert Path(name).parts[0] in error_line(capsys) if name else str(copy) in error_line(capsys)
     assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        *[("scheduler/scheduler_config.json", {"num_train_timesteps": value}) for value in (0, -1)],
+        *[("scheduler/scheduler_config.json", {name: 1.5}) for name in ("beta_start", "beta_end")],
+        *[("vae/config.json", {"scaling_factor": value}) for value in (0, -0.2, float("inf"), float("nan"))],
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 78}),
+    ],
+    ids=str,
+)
+def test_tampered_base_is_one_line(run, base, tmp_path, tmp_path_factory, capsys, file, change):
+    copy = Path(shutil.copytree(base, tmp_path_factory.mktemp("copy") / "base"))
+    values = json.loads((copy / file).read_text(encoding="utf-8"))
+    (copy / file).write_text(json.dumps(values | change), encoding="utf-8")
+    assert run("--base", copy) == 2
+    line, (name, value) = error_line(capsys), *change.items()
+    assert Path(file).parts[0] in line and str(value) in line and (name in line or name == "model_max_length")
+    assert files_in(tmp_path) == []
+
+
+DAMAGES = {  # a tensor, and how its network is called
+    "text_encoder": ("text_model.final_layer_norm.bias", "the text encoder"),
+    "vae": ("decoder.conv_out.bias", "the VAE's decoder"),
+    "vae encoder": ("encoder.conv_out.bias", "the VAE's encoder"),
+    "reward": ("text_projection.bias", "ALIGN"),
+    "reward vision": ("vision_model.embeddings.convolution.weight", "ALIGN"),
+}
+
+
+@pytest.fixture
+def damaged(base, tmp_path_factory):
+    """A copy of the base in which one weight of a part is NaN."""
+
+    def damage(what):
+        copy = Path(shutil.copytree(base, tmp_path_factory.mktemp("copy") / "base"))
+        (path,) = (copy / what.split()[0]).glob("*.safetensors")
+        tensors = load_file(path)
+        tensors[DAMAGES[what][0]].view(-1)[0] = float("nan")
+        save_file(tensors, path)
+        return copy
+
+    return damage
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("what", ["text_encoder", "vae"])
+def test_damaged_part_is_one_line_and_leaves_the_old_pictures(run, base, damaged, tmp_path, capsys, what):
+    assert run("--base", base) == 0
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert run("--base", damaged(what)) == 2
+    line = error_line(capsys)
+    assert DAMAGES[what][1] in line and "not finite" in line and "damaged" in line
+    assert contents(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def interrupted(base, tmp_path_factory):
+    """A folder with the photos in dog/ and all files of a run of train.py that was interrupted in its second step."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    write_photos(folder / "dog")
+    step = train.Trainer.step
+
+    def twice(self, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train.Trainer, "step", twice)
+        assert call(train, patch, "--base", base, *TRAINING) == 130
+    assert {"best.jsonl", "best.png", "best.safetensors", "best.state.pt"} < set(files_in(folder))
+    return folder
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("method", ["rpo", "dreambooth"])
+def test_damaged_part_ends_a_training_before_it_writes(
+    interrupted, damaged, tmp_path, monkeypatch, capsys, what, method
+):
+    folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    before = contents(folder)
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    options = (*TRAINING, "--method", method, "--class-images", 1)
+    assert call(train, monkeypatch, "--base", damaged(what), *options) == 2
+    line = error_line(capsys)
+    assert DAMAGES[what][1] in line and "not finite" in line and "damaged" in line
+    assert contents(folder) == before
+
+
+def test_a_reward_with_another_models_tokenizer(base, interrupted, tmp_path, tmp_path_factory, monkeypatch, capsys):
+    folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    copy, before = Path(shutil.copytree(base, tmp_path_factory.mktemp("copy") / "base")), contents(folder)
+    with open(copy / "reward" / "vocab.txt", "a", encoding="utf-8") as file:
+        file.write("zebra\n")
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    assert call(train, monkeypatch, "--base", copy, *TRAINING) == 2
+    assert "the tokenizer has" in (line := error_line(capsys)) and "ALIGN reads" in line
+    assert contents(folder) == before
 
 
 def test_garbage_in_rpo_json(run, base, tmp_path, tmp_path_factory, capsys):
@@ -417,4 +528,13 @@ def test_what_is_exported_is_not_overwritten(base, ckpt, run, tmp_path, capsys):
 def test_a_file_without_its_tokenizer_says_where_to_get_it(base, run, tmp_path, capsys):
     assert run("--base", base, "--export-single", tmp_path / "whole.safetensors") == 0
     assert run("--base", tmp_path / "whole.safetensors") == 2
-    assert "tokenizer" in error_line(capsys) and not (tmp_path / "outputs").exists()
+    line = error_line(capsys)
+    at = [line.index(words) for words in ("the base it was made from", "Stable Diffusion 1.x", "hf download", "2.x")]
+    assert at == sorted(at) and not (tmp_path / "outputs").exists()
+
+
+def test_a_file_beside_another_models_tokenizer(base, run, tmp_path, capsys):
+    assert run("--base", base, "--export-single", tmp_path / "whole.safetensors") == 0
+    shutil.copytree(cli.EMBEDDED_BASE / "tokenizer", tmp_path / "tokenizer")
+    assert run("--base", tmp_path / "whole.safetensors") == 2
+    assert "the text encoder reads" in error_line(capsys) and not (tmp_path / "outputs").exists()

@@ -421,6 +421,8 @@ def test_other_refusals(tmp_path):
     refused(lambda: read_single_file(tmp_path / "none.safetensors"), "none.safetensors")
     inpainting = {f"{U}input_blocks.0.0.weight": one(8, 9, 3, 3)}
     refused(lambda: read_single_file(changed(tmp_path, extra=inpainting)), "takes 9 channels", "inpainting (9)")
+    variance = {f"{U}out.2.weight": one(8, 8, 3, 3)}
+    refused(lambda: read_single_file(changed(tmp_path, extra=variance)), "gives 8", "latents have 4")
     refused(lambda: read_single_file(changed(tmp_path, without=[V])), "lacks vae (first_stage_model.*)")
     refused(lambda: read_single_file(changed(tmp_path, header=False)), "--prediction-type")
     lost = changed(tmp_path, without=[f"{U}input_blocks.5."])

@@ -406,7 +406,7 @@ def refused(folder, *words):
 def test_what_is_no_base(tmp_path, base):
     refused(tmp_path / "none", tmp_path / "none", "not there")
     (tmp_path / "file").touch()
-    refused(tmp_path / "file", "tokenizer", "vocab.json", "hf download")
+    refused(tmp_path / "file", "tokenizer", "vocab.json", "the base it was made from", "1.x: hf download")
     (tmp_path / "v1-5.ckpt").touch()
     refused(tmp_path / "v1-5.ckpt", "pickle", ".safetensors")
     for part, name in (("text_encoder_2", "SDXL"), ("transformer", "SD 3")):
@@ -433,6 +433,54 @@ def test_parts_of_different_bases(tmp_path, base):
     config = transformers.CLIPTextConfig(**{**config, "hidden_size": 32})
     transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
     refused(folder, "24", "32")
+
+
+@pytest.mark.parametrize("change", [{"in_channels": 9}, {"in_channels": 5}, {"out_channels": 8}], ids=str)
+def test_a_unet_for_other_latents(tmp_path, base, change):
+    folder = with_scheduler(base, tmp_path / "base", "sd1")
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config(config, **change).save_pretrained(folder / "unet")
+    takes, gives = change.get("in_channels", 4), change.get("out_channels", 4)
+    refused(folder, f"takes {takes} channels and gives {gives}", "latents have 4", "inpainting (9)")
+
+
+@pytest.mark.parametrize("spoil", ["ids", "length"])
+def test_a_tokenizer_of_another_text_encoder(tmp_path, base, spoil):
+    folder = with_scheduler(base, tmp_path / "base", "sd1")
+    file = folder / "tokenizer" / ("vocab.json" if spoil == "ids" else "tokenizer_config.json")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    more = {"dogs</w>": 49407} if spoil == "ids" else {"model_max_length": 512}
+    file.write_text(json.dumps(values | more), encoding="utf-8")
+    refused(folder, "the tokenizer has", "49408 ids" if spoil == "ids" else "texts of 512", "text encoder", "77")
+
+
+def nan(layer):
+    return torch.nn.Parameter(torch.full_like(layer.bias, float("nan")), requires_grad=False)
+
+
+@pytest.mark.parametrize("what", ["text encoder", "VAE's encoder", "VAE's decoder"])
+def test_damaged_weights_are_told_with_the_part(base, what):
+    sd = StableDiffusion.from_pretrained(base)
+    layers = {"text encoder": sd.text_encoder.text_model.final_layer_norm}
+    layers |= {f"VAE's {side}": getattr(sd.vae, side).conv_out for side in ("encoder", "decoder")}
+    calls = {
+        "text encoder": lambda: sd.encode_prompts(["a dog"]),
+        "VAE's encoder": lambda: sd.encode_images(drawings((32, 32))),
+    }
+    calls["VAE's decoder"] = lambda: sd.decode_latents(initial(1))
+    layers[what].bias = nan(layers[what])
+    for name, call in calls.items():
+        if name != what:
+            call()
+            continue
+        for _ in range(2):  # nor is it kept and given out the second time
+            with pytest.raises(ValueError, match=f"^the output of the {what} is not finite: its weights are damaged$"):
+                call()
+
+
+def test_latents_that_are_no_numbers_are_not_the_decoders_fault(ours):
+    """DPG decodes what the U-Net predicts; train.py tells of a loss that is none."""
+    assert len(ours.decode_latents(initial(1) * float("nan"))) == 1
 
 
 # ------------------------------------------------------------------------------------------- weights/toy, as shipped

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,6 +268,33 @@ def test_clip_errors(tmp_path, name, content, message):
     with pytest.raises(CheckpointError) as error:
         CLIPTokenizer.from_pretrained(folder)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["do_lower_case", "strip_accents", "tokenize_chinese_chars"])
+@pytest.mark.parametrize("value", ["yes", 1])
+def test_bert_switches_are_true_or_false(tmp_path, name, value):
+    with pytest.raises(
+        CheckpointError, match=f"^tokenizer_config.json: {name} should be true or false, not {value!r}$"
+    ):
+        BertTokenizer.from_pretrained(save_bert(tmp_path, **{name: value}))
+    for plain in (None, True):  # null means the default
+        assert BertTokenizer.from_pretrained(save_bert(tmp_path, **{name: plain})).tokens("Dög") == ["dog"]
+
+
+def test_fits(tmp_path):
+    """A network with an id too few, or with too few places, is another tokenizer's."""
+    for tokenizer in (
+        CLIPTokenizer.from_pretrained(save_clip(tmp_path / "clip")),
+        BertTokenizer.from_pretrained(save_bert(tmp_path / "bert")),
+    ):
+        ids, length = max(tokenizer.cutter.get_vocab().values()) + 1, tokenizer.length
+        tokenizer.check_fits(SimpleNamespace(vocab_size=ids, max_position_embeddings=length), "X")
+        for less in ((ids - 1, length), (ids, length - 1)):
+            config = SimpleNamespace(vocab_size=less[0], max_position_embeddings=less[1])
+            with pytest.raises(
+                CheckpointError, match=rf"^the tokenizer has {ids} ids .* X reads {less[0]} and {less[1]}:"
+            ):
+                tokenizer.check_fits(config, "X")
 
 
 @pytest.mark.parametrize(
