@@ -50,12 +50,6 @@ def fail(message: object) -> int:
     return 2
 
 
-def memory_is_full(error: BaseException) -> bool:
-    """Is it that? On a GPU torch has a kind of error for it, on the CPU only words."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "unable to find an engine to execute")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in words)
-
-
 def count(text: str) -> int:
     """A whole number of at least 1."""
     return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")

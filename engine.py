@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+import parallel
 from model.lora import PROJECTION
 from model.single_file import read_single_file
 from model.stable_diffusion import PRECISIONS, StableDiffusion
@@ -153,7 +154,12 @@ def estimate_of(args: argparse.Namespace) -> dict[str, int]:
     modes = args.precision, args.lora_rank, args.checkpoint_gradients
     with told(f"the configuration of {source} describes no possible network"):
         side = math.ceil(args.resolution / 8) if args.resolution else config.sample_size  # 8: of every public VAE
-        return estimate(config, others, side, args.batch, *modes)
+        return estimate(config, others, side, own_pairs(args.batch), *modes)
+
+
+def own_pairs(batch: int) -> int:
+    """How many of a step's pairs a process has at most."""
+    return math.ceil(batch / parallel.world())
 
 
 def free_memory(device: torch.device) -> float:
@@ -176,8 +182,9 @@ def remedy(args: argparse.Namespace) -> str:
     flags = [] if args.precision != "fp32" else ["--precision bf16"]
     flags += [] if args.lora_rank else ["--lora-rank 16"]  # the whole U-Net's weights take more than its activations
     flags += [] if args.checkpoint_gradients else ["--checkpoint-gradients"]
-    flags += ["a smaller --batch"] if args.batch != 1 else []
-    last = "a larger GPU" if args.batch != 1 else "a larger GPU (--batch is 1 already)"
+    alone = args.batch is not None and own_pairs(args.batch) == 1
+    flags += [] if alone else ["a smaller --batch"]
+    last = "a larger GPU (--batch is a pair a process already)" if alone else "a larger GPU"
     return f"try {', then '.join([*flags, last])}"
 
 

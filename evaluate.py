@@ -5,7 +5,7 @@
     python evaluate.py --dreambench dreambooth/dataset --ckpt "runs/{subject}/best.safetensors"
 
 Draws the 25 test prompts, 4 images each, and writes best.eval.json (settings, networks, means, every image's numbers)
-and the pictures in best.eval/; the base alone is called base, in the current folder. --dreambench does so for every
+and the pictures in best.eval/; the base alone is base-dog.eval, in the current folder. --dreambench does so for every
 subject of the public data set (google/dreambooth); the same command again goes on where it was interrupted. With
 `torchrun --standalone --nproc_per_node=N evaluate.py --dreambench ...` N processes share the subjects out.
 """
@@ -31,10 +31,11 @@ import engine
 import parallel
 from metrics import Metrics
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
-from model.weights import CheckpointError, read_json, read_metadata
+from model.weights import CheckpointError, memory_is_full, read_json, read_metadata
 from pictures import drawn_with, picture_names, save_grid, save_pictures
+from record import warn_if_unfinished
 from reward import lambda_harmonic
-from subject import DREAMBENCH_NOUNS, Subject, SubjectError, load_subject, open_photo
+from subject import DREAMBENCH_NOUNS, Subject, load_subject, open_photo
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
 TITLES |= {"lambda_harmonic": "λ-Harmonic"}
@@ -59,13 +60,15 @@ class Job:
         with suppress(CheckpointError, KeyError, TypeError, AttributeError):
             result = read_json(self.result)
             complete = len(result["images"]) == 25 * self.settings["n"] and result["means"].keys() == TITLES.keys()
-            return result if complete and result["settings"] == self.settings else None
+            drawn = all((self.out / row["file"]).is_file() for row in result["images"])
+            return result if complete and drawn and result["settings"] == self.settings else None
         return None
 
 
 def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, out: Path | None) -> Job:
     """All that can be known before a network is loaded. Raises ValueError or OSError for what cannot be used."""
     header = read_metadata(ckpt) if ckpt else {}
+    warn_if_unfinished(ckpt)
     base, variant, prediction_type = cli.base_of(args, ckpt, header)
     check_layout(base)
     home = home_of(base)
@@ -84,6 +87,8 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
     settings["lambda_val"] = told if args.lambda_val is None else args.lambda_val
 
     out, result = out or Path(f"{stem}.eval"), Path(f"{stem}.eval.json")
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"--out {out} is the folder of the photos: give another one")
     for path in (out / "grid.png", result):
         cli.check_writable(path)
     settings |= {"ckpt": ckpt.name if ckpt else None, "base": cli.base_name(base)}
@@ -96,29 +101,32 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
 
 
 def subject_of(args: argparse.Namespace, folder: Path, ckpt: Path | None, header: dict[str, str]) -> Subject:
-    """The subject as the checkpoint knows it; what its header leaves open, the flags or the folder's name say."""
+    """The subject as the checkpoint knows it; what its header leaves open, the flags or the folder's name say.
+
+    Notes where a flag, or the name of a folder of DreamBench's, says otherwise.
+    """
     if header.get("live", "True") not in ("True", "False"):
         raise CheckpointError(f"{ckpt} is wrong about live: {header['live']!r} should be True or False")
     live = header["live"] == "True" if "live" in header else args.live
     token = header.get("token", args.token or "[V]")
     subject = load_subject(folder, header.get("noun", args.noun), live, token)
-    with suppress(SubjectError):  # a folder whose name says nothing disagrees with nothing
-        ours = load_subject(folder, args.noun, args.live, args.token or token)
-        for name in ("noun", "live", "token"):
-            if getattr(ours, name) != (trained := getattr(subject, name)):
-                print(f"note: {ckpt} was trained with {name} {trained}, which is used, not {getattr(ours, name)}")
+    noun = args.noun or DREAMBENCH_NOUNS.get(folder.name.lower())
+    for name, ours in {"noun": noun, "live": args.live, "token": args.token}.items():
+        if ours not in (None, trained := getattr(subject, name)):
+            print(f"note: {ckpt} was trained with {name} {trained}, which is used, not {ours}")
     return subject
 
 
 def digest(paths: list[Path]) -> str:
-    """Tells files, and those of folders, apart by name, size, and first and last MiB: another training changes both."""
+    """Tells files, and those of folders, apart by name, size, and a MiB at 16 places, the last one among them."""
     seen = hashlib.sha256()
     files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     for file in (file for file in files if file.is_file()):
         with open(file, "rb") as stream:
-            seen.update(f"{file.name} {(size := file.stat().st_size)}\n".encode() + stream.read(2**20))
-            stream.seek(max(size - 2**20, 0))
-            seen.update(stream.read())
+            seen.update(f"{file.name} {(last := file.stat().st_size - 2**20)}\n".encode())
+            for place in range(16):
+                stream.seek(max(last * place // 15, 0))
+                seen.update(stream.read(2**20))
     return seen.hexdigest()[:16]
 
 
@@ -201,7 +209,8 @@ def over_prompts(values: list[float], n: int) -> dict[str, float]:
 
 def run_one(args: argparse.Namespace, device: torch.device) -> int:
     ckpt = Path(args.ckpt) if args.ckpt else None
-    job = plan(args, args.subject, ckpt, ckpt.with_suffix("") if ckpt else Path("base"), args.out)
+    stem = ckpt.with_suffix("") if ckpt else Path(f"base-{args.subject.resolve().name}")
+    job = plan(args, args.subject, ckpt, stem, args.out)
     subject, settings = job.subject, job.settings
     kind, guidance = "living subjects" if subject.live else "things", settings["guidance"]
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, prompts of {kind}")
@@ -231,7 +240,7 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
         try:
             yield
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            failed[name] = FULL if cli.memory_is_full(error) else " ".join(str(error).split())
+            failed[name] = FULL if memory_is_full(error) else " ".join(str(error).split())
             print(f"{name}: error: {failed[name]}", file=sys.stderr)
 
     mine = names[parallel.rank() :: parallel.world()]
@@ -276,7 +285,7 @@ def main() -> int:
     add("--steps", type=cli.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
     add("--guidance", type=cli.positive, help="classifier-free guidance (default: as in training, or the base's)")
     add("--batch", type=cli.count, help="images at a time; changes no image (default: what fits, 8 on a CPU)")
-    add("--out", type=cli.path, help="the folder for the pictures (default: the checkpoint's name, or base, and .eval)")
+    add("--out", type=cli.path, help="the folder for the pictures (default: the checkpoint's name and .eval)")
     cli.add_machine_flags(parser)
     args = parser.parse_args()
     if args.dreambench and args.ckpt and "{subject}" not in args.ckpt:
@@ -294,7 +303,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return cli.fail(error)
     except (MemoryError, RuntimeError) as error:
-        if not cli.memory_is_full(error):
+        if not memory_is_full(error):
             raise
         return cli.fail(FULL)
     except KeyboardInterrupt:

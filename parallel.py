@@ -38,7 +38,7 @@ def rank() -> int:
 
 def together(main: Callable[[], int]) -> int:
     """Call `main` in each process that torchrun started, as one group; returns its exit status."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:  # some images set the first alone
         return main()
     gpus = dist.is_nccl_available() and torch.cuda.is_available()
     # Ranks wait long for each other at the end of evaluate.py; one that dies is noticed in any case.

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 import cli
-from model.weights import CheckpointError, read_metadata, save_tensors
+from model.single_file import CONFIG_KEY
+from model.weights import CheckpointError, memory_is_full, read_metadata, save_tensors
 from pictures import film_strip
 from subject import Subject
 
@@ -122,7 +124,7 @@ class Record:
                 ]
                 self.history, self.saved = state["history"], state["step"]
         except Exception as error:  # torch raises many kinds for a broken file
-            if cli.memory_is_full(error):
+            if memory_is_full(error):
                 raise
             raise CheckpointError(f"{path} is broken ({type(error).__name__}): drop --resume to start anew") from None
         if changed:
@@ -180,9 +182,16 @@ def check_place(ckpt: Path, resume: bool, photos: Path) -> None:
         print(f"{state} is of an interrupted run; --resume goes on with it")
 
 
+def warn_if_unfinished(ckpt: Path | None) -> None:
+    """A line on stderr if the run that writes this checkpoint is not done: the weights may even be an older run's."""
+    if ckpt and ckpt.with_suffix(STATE).exists():
+        print(f"warning: the run of {ckpt} is not finished: train.py --resume goes on with it", file=sys.stderr)
+
+
 def _is_result(ckpt: Path) -> bool:
-    """Does its header say that train.py has written it?"""
+    """Does its header say that train.py has written it, and not sample.py's --export-single?"""
     try:
-        return {"version", "noun", "step"} <= read_metadata(ckpt).keys()
+        header = read_metadata(ckpt).keys()
+        return {"version", "noun", "step"} <= header and CONFIG_KEY not in header
     except CheckpointError:
         return False

@@ -18,19 +18,23 @@ import cli
 import engine
 from model.scheduler import SAMPLERS
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
-from model.weights import read_metadata
+from model.weights import memory_is_full, read_metadata
 from pictures import drawn_with, picture_names, save_grid, save_pictures
+from record import warn_if_unfinished
 
 DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
 
 
 def run(args) -> int:
     header = read_metadata(args.ckpt) if args.ckpt else {}
+    warn_if_unfinished(args.ckpt)
     base, variant, prediction_type = cli.base_of(args, args.ckpt, header)
     check_layout(base)
     cli.check_writable(args.export_single or args.out / "grid.png")
-    if args.export_single and args.export_single.resolve() in [path.resolve() for path in (args.ckpt, base) if path]:
-        raise ValueError(f"--export-single {args.export_single} would replace what it is made of: give another name")
+    if args.export_single:
+        sources = {path.resolve() for path in (args.ckpt, base, *base.rglob("*")) if path}
+        if (whole := args.export_single).resolve() in sources:
+            raise ValueError(f"--export-single {whole} would replace what it is made of: give another name")
     if not args.export_single:
         steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, base)
     sd = StableDiffusion.from_pretrained(base, cli.device(args.device), variant, prediction_type)
@@ -38,9 +42,9 @@ def run(args) -> int:
     if args.ckpt:
         sd.load_unet(args.ckpt)
     if args.export_single:
-        whole = {name: value for name, value in header.items() if not name.startswith("ss_")}  # those are a LoRA's
-        cli.write_whole(args.export_single, lambda path: sd.export(path, whole))
-        print(f"{args.export_single}: U-Net, VAE and text encoder in one file, in half precision")
+        told = {name: value for name, value in header.items() if not name.startswith("ss_")}  # those are a LoRA's
+        cli.write_whole(whole, lambda path: sd.export(path, told))
+        print(f"{whole}: U-Net, VAE and text encoder in one file, in half precision")
         return 0
     engine.round_frozen(sd.unet, sd.precision)
     subject = f"a {header.get('token', '[V]')} {header['noun']}" if "noun" in header else "a dog"
@@ -98,7 +102,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return cli.fail(error)
     except (MemoryError, RuntimeError) as error:
-        if not cli.memory_is_full(error):
+        if not memory_is_full(error):
             raise
         return cli.fail("the memory is full: use a smaller --batch or --size")
     except KeyboardInterrupt:

@@ -71,9 +71,10 @@ DREAMBENCH_NOUNS = {  # folder -> noun, the 30 subjects
 }
 _ANIMALS = (
     "cat kitten dog puppy bird parrot chicken duck goose owl horse pony donkey cow sheep goat pig rabbit bunny hamster "
-    "mouse rat squirrel fox wolf bear lion tiger elephant giraffe monkey panda turtle tortoise lizard snake frog fish"
+    "mouse rat squirrel fox wolf bear lion tiger elephant giraffe monkey panda turtle tortoise lizard snake frog fish "
+    "retriever labrador poodle corgi beagle terrier dachshund husky shepherd collie bulldog spaniel chihuahua pug"
 )
-_PEOPLE = "person man woman boy girl child baby"
+_PEOPLE = "person man woman boy girl child baby wife husband daughter son mother father sister brother"
 LIVE_NOUNS = frozenset(_ANIMALS.split() + _PEOPLE.split())
 _LIFELESS = {"toy", "plush", "plushie", "stuffed", "teddy", "rubber", "hot", "figurine", "statue"}  # "teddy bear"
 
@@ -137,7 +138,7 @@ def load_subject(folder: Path | str, noun: str | None = None, live: bool | None 
         raise SubjectError(f"the noun {noun!r} contains the token {token}: give the noun alone, prompts add the token")
     words = noun.lower().split()
     if live is None:
-        live = words[-1] in LIVE_NOUNS and _LIFELESS.isdisjoint(words)
+        live = not LIVE_NOUNS.isdisjoint([words[-1], words[-1].removesuffix("s")]) and _LIFELESS.isdisjoint(words)
     return Subject(Path(folder), noun, live, token, photos)
 
 

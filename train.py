@@ -3,7 +3,7 @@
     python train.py --subject data/dog --steps 400                        # the embedded base, minutes on a laptop
     python train.py --subject my_dog --noun dog --base stable-diffusion   # a folder with public weights
     python train.py --subject data/dog --resume                           # go on, with the same flags as before
-    python train.py --subject data/dog --method dreambooth --keep-last    # what RPO is compared with, in the same loop
+    python train.py --subject data/dog --method dreambooth --keep-last --ckpt dreambooth.safetensors    # to compare
     torchrun --standalone --nproc_per_node=4 train.py --subject my_dog --noun dog   # 4 GPUs; --batch counts all pairs
 
 Writes best.safetensors (the U-Net of the best validation, in the public layout), best.jsonl (the history, a line a step
@@ -35,7 +35,7 @@ from model.dino import DINO
 from model.lora import add_lora, lora_header, lora_tensors, without_lora
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
 from model.tokenizer import BertTokenizer
-from model.weights import CheckpointError
+from model.weights import CheckpointError, memory_is_full
 from record import STATE, Record, check_place, fingerprint, metadata
 from reward import MEANS, Reward, unit_features
 from rpo import RPO, denoising_loss, preference_label, preference_probability
@@ -252,7 +252,8 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{dino} is missing, which should hold DINO: put it there, or take another --dpg-reward")
     check_place(args.ckpt, args.resume, subject.folder)
 
-    prompts = f"prompts of {'living subjects' if subject.live else 'things'}"
+    prompts = "prompts of living subjects" if subject.live else "prompts of things"
+    prompts += " (a person or an animal? --live)" if args.live is None and not subject.live else ""
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
     cli.settle(args)
     short = engine.tell_memory(args, device)
@@ -286,7 +287,8 @@ def run(args: argparse.Namespace) -> int:
         trainer.train()
     except BaseException as error:
         interrupted, saved = isinstance(error, KeyboardInterrupt), trainer.record.saved
-        hint = "start again" if saved is None else f"--resume goes on after step {saved}"
+        again = saved is None or isinstance(error, FloatingPointError)  # resumed, it would diverge as before
+        hint = "start again" if again else f"--resume goes on after step {saved}"
         if interrupted or saved is not None:
             print(f"\n{'interrupted' if interrupted else 'broken off'}: {trainer.record.summary()}; {hint}")
         if interrupted:
@@ -351,7 +353,7 @@ def main() -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         return cli.fail(error)
     except (MemoryError, RuntimeError) as error:
-        if not cli.memory_is_full(error):
+        if not memory_is_full(error):
             raise
         return cli.fail(f"the memory is full: {engine.remedy(args)}")
     except KeyboardInterrupt:

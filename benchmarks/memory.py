@@ -28,7 +28,7 @@ from benchmarks.phases import DOG
 from benchmarks.run import trainer_of
 from model.align import ALIGN, ALIGNConfig
 from model.stable_diffusion import PRECISIONS, StableDiffusion
-from model.weights import read_json
+from model.weights import memory_is_full, read_json
 from toy.networks import write_part
 
 MODES = {  # train.py's flags, and the most GB that it should take
@@ -88,7 +88,7 @@ def row(mode: str, base: Path, device: torch.device, precision: str) -> str:
     try:
         trained, step, drawing = common.alone(measure, flags, base, device, precision, torch.get_num_threads())
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, BrokenProcessPool) or cli.memory_is_full(error)):
+        if not (isinstance(error, BrokenProcessPool) or memory_is_full(error)):
             raise
         return f"| {start} | | {need / 1e9:.1f} | the memory did not suffice | {target} |"
     also = f" (drawing a picture: {drawing / 1e9:.1f})" if drawing else ""

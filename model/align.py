@@ -18,7 +18,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from model.weights import CheckpointError, config_from, load, read_json
+from model.weights import CheckpointError, check_heads, config_from, load, read_json
 
 STEM_WIDTH = 32  # EfficientNet's stem, before the width coefficient
 
@@ -41,11 +41,7 @@ class ALIGNTextConfig:
     def __post_init__(self):
         _require("text_config.hidden_act", self.hidden_act, "gelu")
         _require("text_config.position_embedding_type", self.position_embedding_type, "absolute")
-        if self.hidden_size % self.num_attention_heads:
-            raise CheckpointError(
-                f"ALIGN config: text_config.hidden_size {self.hidden_size} does not divide into "
-                f"{self.num_attention_heads} heads"
-            )
+        check_heads(self.hidden_size, self.num_attention_heads)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ class CLIPTextConfig:
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
 
+    def __post_init__(self):
+        weights.check_heads(self.hidden_size, self.num_attention_heads)
+
 
 @dataclass(frozen=True)
 class CLIPVisionConfig:
@@ -54,6 +57,9 @@ class CLIPVisionConfig:
     patch_size: int = 32
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        weights.check_heads(self.hidden_size, self.num_attention_heads)
 
 
 @dataclass(frozen=True)
@@ -251,7 +257,10 @@ class CLIP(nn.Module):
         config, pictures = weights.config_from(CLIPConfig, values, path), None
         path = folder / "preprocessor_config.json"
         if path.is_file():
-            pictures = weights.config_from(CLIPPictures, weights.read_json(path), path)
+            values = weights.read_json(path)
+            always = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+            weights.refuse(values, dict.fromkeys(always, True), path)
+            pictures = weights.config_from(CLIPPictures, values, path)
         return weights.load(lambda config: cls(config, pictures), config, folder, dtype)
 
     def image_features(self, pixels: Tensor) -> Tensor:

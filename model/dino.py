@@ -36,6 +36,7 @@ class DINOConfig:
     def __post_init__(self):
         if self.hidden_act != "gelu":
             raise weights.CheckpointError(f"hidden_act {self.hidden_act!r} is not DINO's gelu")
+        weights.check_heads(self.hidden_size, self.num_attention_heads)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ class DINO(nn.Module):
         config, pictures = weights.config_from(DINOConfig, weights.read_json(path), path), None
         path = folder / "preprocessor_config.json"
         if path.is_file():
-            pictures = weights.config_from(DINOPictures, weights.read_json(path), path)
+            values = weights.read_json(path)
+            weights.refuse(values, dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True), path)
+            pictures = weights.config_from(DINOPictures, values, path)
         return weights.load(lambda config: cls(config, pictures), config, folder, dtype, _without_pooler)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -67,6 +67,12 @@ class CheckpointError(ValueError):
         super().__init__(" ".join(message.splitlines()))  # a library's words, or a garbled name, may bring more
 
 
+def memory_is_full(error: BaseException) -> bool:
+    """Is it that? On a GPU torch has a kind of error for it, on the CPU only words."""
+    words = ("allocate memory", "out of memory", "alloc_failed", "unable to find an engine to execute")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error).lower() for text in words)
+
+
 @contextmanager
 def told(what: str):
     """Whatever the libraries raise over a broken file or an impossible number becomes a CheckpointError."""
@@ -75,6 +81,8 @@ def told(what: str):
     except CheckpointError:
         raise
     except (ArithmeticError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        if memory_is_full(error):
+            raise
         raise CheckpointError(f"{what}: {error}") from error
 
 
@@ -125,6 +133,12 @@ def _fits(value: object, hint: object) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
+def check_heads(width: int, heads: int) -> None:
+    """Raise CheckpointError if attention of this width does not divide into so many heads."""
+    if heads < 1 or width % heads:
+        raise CheckpointError(f"hidden_size {width} does not divide into {heads} heads")
+
+
 def refuse(values: dict, fixed: dict, path: Path) -> None:
     """Raise CheckpointError if a config.json sets what our network has `fixed` to another value.
 
@@ -140,8 +154,8 @@ def refuse(values: dict, fixed: dict, path: Path) -> None:
 def find_weights(folder: Path, variant: str | None = None) -> Path:
     """The weight file of a network's folder, or the index of its shards; safetensors before .bin.
 
-    With no `variant` the plain file, or, if there is none, the only variant. Raises CheckpointError if there is none,
-    if there are several and none was asked for, or if the one asked for is not there: it says what is.
+    With no `variant` the plain file, or, if there is none of that kind, the only variant. Raises CheckpointError if
+    there is none, if there are several and none was asked for, or if the one asked for is not there: it says what is.
     """
     with told(f"{folder} is no checkpoint folder"):
         names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
@@ -202,12 +216,13 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"  # torch's format since 2020; the older one cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (OSError, RuntimeError) as error:
-        why = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is not a whole file of tensors: {why}") from None
     except Exception as error:  # a garbled pickle fails in any way; an honest one in words that advise to run its code
+        if memory_is_full(error):
+            raise
         code = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it asks for {code[1]}, and code is not run" if code else "its pickle is broken, or not torch's own"
+        if isinstance(error, (OSError, RuntimeError)):
+            why = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is not a whole file of tensors: {why}") from None
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):

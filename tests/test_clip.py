@@ -186,10 +186,20 @@ def test_preprocess_equals_transformers(tmp_path, settings):
     assert images == copies
 
 
+@pytest.mark.parametrize("heads", [0, 7])
+@pytest.mark.parametrize("config", [CLIPTextConfig, CLIPVisionConfig])
+def test_heads_that_do_not_divide_the_width(config, heads):
+    """No tensor's shape tells how many there are."""
+    with pytest.raises(CheckpointError, match=f"into {heads} heads"):
+        config_from(config, {"hidden_size": 48, "num_attention_heads": heads})
+
+
 def test_preprocess_refuses_another_size(tmp_path):
     config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)
     transformers.CLIPModel(config).save_pretrained(tmp_path)
-    for settings in ({"size": 224, "crop_size": 224}, {"size": 30, "crop_size": 40}, {"size": {"height": 40}}):
+    others = [{"size": 224, "crop_size": 224}, {"size": 30, "crop_size": 40}, {"size": {"height": 40}}]
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    for settings in [*others, *({"size": 40, "crop_size": 40, step: False} for step in steps)]:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
         with pytest.raises(CheckpointError):
             CLIP.from_pretrained(tmp_path)

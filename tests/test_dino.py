@@ -116,10 +116,16 @@ def test_preprocess_equals_transformers(tmp_path, settings):
 
 def test_preprocess_refuses_another_size(tmp_path):
     reference(tmp_path)
-    for size in (224, {"shortest_edge": 40}, {"height": 40, "width": 48}):
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size}))
+    others = [{"size": size} for size in (224, {"shortest_edge": 40}, {"height": 40, "width": 48})]
+    for settings in [*others, *({"size": 40, step: False} for step in ("do_resize", "do_rescale", "do_normalize"))]:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
         with pytest.raises(CheckpointError):
             DINO.from_pretrained(tmp_path)
+
+
+def test_heads_that_do_not_divide_the_width():
+    with pytest.raises(CheckpointError, match="into 7 heads"):
+        DINOConfig(hidden_size=48, num_attention_heads=7)
 
 
 def test_published_size():

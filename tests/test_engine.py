@@ -13,6 +13,7 @@ from tiny import UNET, call, error_line, write_base, write_photos
 from torch import nn
 
 import engine
+import parallel
 import sample
 import train
 from model.lora import add_lora, lora_of, without_lora
@@ -378,6 +379,15 @@ def test_flags_are_few():
     flags = [action for group in groups for action in group._group_actions if action.dest != "help"]
     assert method.title.startswith("the method") and len(method._group_actions) > 5
     assert 15 <= len(flags) <= 20
+
+
+def test_a_process_holds_its_own_pairs_alone(monkeypatch):
+    common = {"base": WEIGHTS, "align": WEIGHTS / "reward", "variant": None, "prediction_type": None}
+    of_one = engine.estimate_of(flags(batch=2, **common))
+    monkeypatch.setattr(parallel, "world", lambda: 3)
+    assert engine.estimate_of(flags(batch=5, **common)) == of_one
+    assert "a smaller --batch" in engine.remedy(flags(batch=5))
+    assert "smaller --batch" not in engine.remedy(flags(batch=3))
 
 
 def test_a_single_file_is_estimated_as_it_is_loaded(tmp_path):

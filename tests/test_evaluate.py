@@ -274,14 +274,14 @@ def test_checkpoint_writes_what_it_says(run, ckpt, base, dog, asked, capsys):
 def test_base_alone(run, base, dog, asked, tmp_path, monkeypatch):
     assert run("--base", base, "--subject", dog) == 0
     files = files_in(tmp_path / "here")
-    assert files[:2] == ["base.eval", "base.eval.json"] and len(files) == 2 + 25 + 1
-    first = read("base.eval.json")
+    assert files[:2] == ["base-dog.eval", "base-dog.eval.json"] and len(files) == 2 + 25 + 1
+    first = read("base-dog.eval.json")
     assert asked[0]["guidance"] == 7.5 and first["settings"]["ckpt"] is None
-    assert "Model: base, " in Image.open(Path("base.eval") / first["images"][0]["file"]).text["parameters"]
+    assert "Model: base, " in Image.open(Path("base-dog.eval") / first["images"][0]["file"]).text["parameters"]
     monkeypatch.setattr(cli, "EMBEDDED_BASE", base)
     assert run("--subject", dog) == 0
-    assert read("base.eval.json")["images"] == first["images"]
-    assert read("base.eval.json")["settings"]["base"] == "weights/toy"
+    assert read("base-dog.eval.json")["images"] == first["images"]
+    assert read("base-dog.eval.json")["settings"]["base"] == "weights/toy"
 
 
 def test_same_command_same_files(run, ckpt, dog, tmp_path):
@@ -303,7 +303,7 @@ def test_batch_changes_nothing(run, base, dog):
     numbers = []
     for batch in (4, 25):
         assert run("--base", base, "--subject", dog, "--batch", batch) == 0
-        numbers.append([[row[name] for name in NAMES] for row in read("base.eval.json")["images"]])
+        numbers.append([[row[name] for name in NAMES] for row in read("base-dog.eval.json")["images"]])
     assert np.abs(np.subtract(*numbers)).max() < 1e-3  # one grey level in some pixel, at most
 
 
@@ -352,10 +352,10 @@ def test_other_networks(run, base, dog, tmp_path):
     copy = Path(shutil.copytree(base, tmp_path / "public", ignore=shutil.ignore_patterns("metrics", "reward")))
     mine = [text for name in folders_of(base) for text in (f"--{name}", tmp_path / f"my-{name}")]
     assert run("--base", copy, "--subject", dog, *mine) == 0
-    result = read("base.eval.json")
+    result = read("base-dog.eval.json")
     assert result["networks"]["dino"] == f"{tmp_path}/my-dino, ViT 1x32/16"
     assert run("--base", base, "--subject", dog) == 0
-    other = read("base.eval.json")
+    other = read("base-dog.eval.json")
     for name in ("dino", "clip_i", "align_i"):
         assert (other["means"][name] == result["means"][name]) == (name != "dino")
 
@@ -365,16 +365,19 @@ def test_header_wins_with_a_note(run, base, tmp_path, asked, capsys):
     path = write_ckpt(base, tmp_path / "a.safetensors", token="sks")
     assert run("--ckpt", path, "--subject", thing, "--token", "[V]") == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    assert [word in line for line, word in zip(notes, ("noun dog", "live True", "token sks"), strict=True)] == [
-        True
-    ] * 3
+    assert [word in line for line, word in zip(notes, ("noun dog", "token sks"), strict=True)] == [True] * 2
     assert asked[0]["prompts"][10] == "a sks dog wearing a red hat"
     assert "without the token sks" in read(tmp_path / "a.eval.json")["scored_text"]
+    assert run("--ckpt", path, "--subject", thing, "--no-live") == 0
+    assert "note: " in (out := capsys.readouterr().out) and "with live True" in out
     numbered = thing.rename(tmp_path / "007")  # no noun in that name, and none needed
     assert run("--ckpt", path, "--subject", numbered) == 0
     assert "note: " not in capsys.readouterr().out
-    assert run("--base", base, "--subject", numbered, "--noun", "vase", "--live", "--token", "qx") == 0
-    assert asked[2]["prompts"][10] == "a qx vase wearing a red hat"
+    mine = numbered.rename(tmp_path / "my_dog")  # a guess from the folder's name is no claim
+    assert run("--ckpt", path, "--subject", mine) == 0
+    assert "note: " not in capsys.readouterr().out
+    assert run("--base", base, "--subject", mine, "--noun", "vase", "--live", "--token", "qx") == 0
+    assert asked[-1]["prompts"][10] == "a qx vase wearing a red hat"
 
 
 # ---------------------------------------------------------------------------------------------- DreamBench
@@ -441,7 +444,7 @@ def test_dreambench_goes_on(run, bench, base, asked, tmp_path, capsys, monkeypat
     assert len(asked) == 3 and "dog: done before" in capsys.readouterr().out
     assert read(tmp_path / "runs" / "dreambench" / "best.eval.json") == whole
 
-    # What is cut off, of other settings, of other weights or of other photos is done again.
+    # What is cut off, without its pictures, of other settings, of other weights or of other photos is done again.
     result = tmp_path / "runs" / "dog" / "best.eval.json"
     result.write_text(result.read_text()[:500], encoding="utf-8")
     write_ckpt(base, tmp_path / "runs" / "cat2" / "best.safetensors", 2, noun="cat")
@@ -452,6 +455,34 @@ def test_dreambench_goes_on(run, bench, base, asked, tmp_path, capsys, monkeypat
     assert run(*bench) == 0 and len(asked) == 7 and read(result) == values
     result.write_text(json.dumps(values | {"means": []}), encoding="utf-8")  # some other file
     assert run(*bench) == 0 and len(asked) == 8 and read(result) == values
+    (tmp_path / "runs" / "dog" / "best.eval" / values["images"][0]["file"]).unlink()
+    assert run(*bench) == 0 and len(asked) == 9 and read(result) == values
+    assert run(*bench, "--out", "pictures") == 0 and len(asked) == 12 and len(files_in(Path("pictures/dog"))) == 26
+
+
+def test_weights_of_an_unfinished_run_are_told(run, bench, tmp_path, capsys):
+    (tmp_path / "runs" / "dog" / "best.state.pt").write_text("state", encoding="utf-8")
+    assert run(*bench) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "runs/dog/best.safetensors is not finished" in line
+
+
+def test_any_changed_weight_of_a_large_file_is_seen(tmp_path):
+    path, size = tmp_path / "weights", 5 * 2**20
+    seen = set()
+    for at in (None, 0, size // 3, size // 2, size - 1):
+        data = bytearray(size)
+        if at is not None:
+            data[at] = 1
+        path.write_bytes(data)
+        seen.add(evaluate.digest([path]))
+    assert len(seen) == 5
+
+
+def test_pictures_do_not_go_among_the_photos(run, base, dog, capsys):
+    before = files_in(dog)
+    assert run("--base", base, "--subject", dog, "--out", dog) == 2
+    assert "photos" in error_line(capsys) and files_in(dog) == before
 
 
 def test_dreambench_survives_a_failing_subject(run, bench, asked, tmp_path, capsys):
@@ -589,9 +620,9 @@ def test_empty_folder_and_unwritable_places(run, base, dog, tmp_path, capsys):
     (tmp_path / "here" / "file").write_text("a file", encoding="utf-8")
     assert run("--base", base, "--subject", dog, "--out", "file") == 2
     assert "file" in error_line(capsys)
-    (tmp_path / "here" / "base.eval.json").mkdir()
+    (tmp_path / "here" / "base-dog.eval.json").mkdir()
     assert run("--base", base, "--subject", dog) == 2
-    assert "base.eval.json" in error_line(capsys) and files_in(tmp_path / "here") == ["base.eval.json", "file"]
+    assert "base-dog.eval.json" in error_line(capsys) and files_in(tmp_path / "here") == ["base-dog.eval.json", "file"]
 
 
 def test_interrupted(run, base, dog, tmp_path, monkeypatch, capsys):

@@ -133,6 +133,9 @@ def test_one_process_needs_no_group(monkeypatch):
     for size in (None, "1"):  # without torchrun, and with --nproc_per_node=1
         monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE", raising=False)
         assert parallel.together(lambda: 7) == 7
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as some cluster images have it
+    monkeypatch.delenv("RANK", raising=False)
+    assert parallel.together(lambda: 7) == 7
     items, row, weight = [1, 2], {"a": 0.1}, torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.full((3,), 0.1)
     parallel.average([weight], 0.5)

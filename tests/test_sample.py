@@ -523,6 +523,10 @@ def test_what_is_exported_is_not_overwritten(base, ckpt, run, tmp_path, capsys):
     own = Path(shutil.copyfile(ckpt, tmp_path / "own.safetensors"))
     assert run("--ckpt", own, "--export-single", tmp_path / "sub" / ".." / "own.safetensors") == 2
     assert "another name" in error_line(capsys) and own.read_bytes() == ckpt.read_bytes()
+    copy = Path(shutil.copytree(base, tmp_path / "base"))
+    before = (copy / "vae" / WEIGHTS).read_bytes()
+    assert run("--base", copy, "--export-single", copy / "vae" / WEIGHTS) == 2
+    assert "another name" in error_line(capsys) and (copy / "vae" / WEIGHTS).read_bytes() == before
 
 
 def test_a_file_without_its_tokenizer_says_where_to_get_it(base, run, tmp_path, capsys):

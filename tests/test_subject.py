@@ -87,7 +87,8 @@ def test_filled_prompts(tmp_path):
         *[("dog6", "dog", True), ("cat2", "cat", True), ("bear_plushie", "stuffed animal", False)],
         *[("backpack_dog", "backpack", False), ("poop_emoji", "toy", False), ("vase", "vase", False)],
         *[("dog9", "dog", True), ("Golden_Retriever-puppy3", "golden retriever puppy", True)],
-        *[("my_lamp", "my lamp", False), ("teddy-bear", "teddy bear", False)],
+        *[("my_lamp", "my lamp", False), ("teddy-bear", "teddy bear", False), ("glasses", "glasses", False)],
+        *[("our_dogs", "our dogs", True), ("corgi", "corgi", True)],
     ],
 )
 def test_noun_from_the_folder(tmp_path, folder, noun, live):

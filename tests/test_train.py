@@ -448,11 +448,13 @@ def test_a_new_run_over_a_result_says_what_it_replaces(run, tmp_path, capsys):
     assert all(name in line for name in RESULT)
 
 
+@pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize("name", ["best.png", "best.safetensors"])
-def test_what_no_run_has_written_is_not_replaced(run, tmp_path, capsys, name):
-    """A picture of the user's, and a model: A1111's --ckpt is the base."""
+def test_what_no_run_has_written_is_not_replaced(run, tmp_path, capsys, name, exported):
+    """A picture of the user's, and a model: A1111's --ckpt is the base. One that was exported has a result's header."""
     tensors = {"model.diffusion_model.out.2.bias": torch.zeros(4)}
-    save_file(tensors, tmp_path / name, {"format": "pt"})
+    header = {"version": "0.1.0", "noun": "dog", "step": "40", "rpo.config": "{}"} if exported else {"format": "pt"}
+    save_file(tensors, tmp_path / name, header)
     before = (tmp_path / name).read_bytes()
     assert run() == 2
     assert name in (line := error_line(capsys)) and "--ckpt" in line
@@ -461,18 +463,19 @@ def test_what_no_run_has_written_is_not_replaced(run, tmp_path, capsys, name):
 
 def test_a_run_that_breaks_off_says_what_it_has_kept(run, tmp_path, monkeypatch, capsys):
     step = Watched.step
-
-    def not_finite(self, n):
-        if n == 4:
-            raise FloatingPointError("the loss is nan")
-        return step(self, n)
-
-    monkeypatch.setattr(Watched, "step", not_finite)
     monkeypatch.setattr(record, "PAUSE", 0)
-    assert run() == 2
-    told = capsys.readouterr()
-    assert "the loss is nan" in told.err.splitlines()[-1]
-    assert "kept step 2" in told.out and "--resume goes on after step 2" in told.out
+    for error, hint in ((OSError("disk gone"), "--resume goes on after step 2"), (FloatingPointError("nan"), "again")):
+
+        def fails(self, n, error=error):
+            if n == 4:
+                raise error
+            return step(self, n)
+
+        monkeypatch.setattr(Watched, "step", fails)
+        assert run() == 2
+        told = capsys.readouterr()
+        assert str(error) in told.err.splitlines()[-1]
+        assert "kept step 2" in told.out and told.out.splitlines()[-1].endswith(hint)
 
 
 def test_interrupted_while_drawing_negatives_promises_nothing(run, tmp_path, monkeypatch, capsys):

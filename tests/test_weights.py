@@ -395,6 +395,23 @@ def test_a_broken_file(tmp_path, data):
     refused(lambda: load(tmp_path), tmp_path / NAME, "not a whole safetensors file")
 
 
+@pytest.mark.parametrize("name", [NAME, "model.bin"])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError(12, "Cannot allocate memory")],
+)
+def test_a_full_memory_is_no_broken_file(tmp_path, monkeypatch, name, error):
+    def full(*args, **options):
+        raise error
+
+    (tmp_path / name).write_bytes(b"anything")
+    monkeypatch.setattr(weights, "safe_open", full)
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(type(error)) as raised:
+        weights.read_tensors(tmp_path / name)
+    assert not isinstance(raised.value, CheckpointError)
+
+
 def test_a_file_cut_short(tmp_path):
     saved(tmp_path)
     whole = (tmp_path / NAME).read_bytes()
