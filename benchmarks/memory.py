@@ -5,9 +5,10 @@
     python -m benchmarks.memory --write                 # and put the table into benchmarks/RESULTS.md
 
 A mode is measured in a process of its own: train.py's Trainer with random weights of the public sizes, ALIGN's too, and
-one pair takes one step, with AdamW's averages in place, as every step but the first finds them. On a GPU one picture
-is drawn as well (a validation draws as many at a time as fit). A mode that is estimated to need more memory than is
-free is left out. The targets are for 512 px in bf16, train.py's precision on a GPU; a GB is 10^9 bytes.
+one pair takes one step, with AdamW's averages in place, as every step but the first finds them. On a GPU the peak of
+loading counts too, and one picture is drawn as well (a validation draws as many at a time as fit). A mode that is
+estimated to need more memory than is free is left out. The targets are for 512 px in bf16, train.py's precision on a
+GPU; a GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def write_base(folder: Path, side: int) -> Path:
 
 
 def measure(flags: list[str], base: Path, device: torch.device, precision: str, threads: int) -> tuple[int, int, int]:
-    """Trained weights, and bytes at the peak of a step and, on a GPU, of drawing a picture. For a fresh process."""
+    """Trained weights, and bytes at the peak of a step (on a GPU of loading, too) and, on a GPU, of drawing a picture.
+
+    For a fresh process.
+    """
     torch.set_num_threads(threads)
     before = common.resident() if device.type == "cpu" else 0
     sd = StableDiffusion.from_pretrained(base, device)
@@ -66,9 +70,11 @@ def measure(flags: list[str], base: Path, device: torch.device, precision: str, 
             parameter.grad = torch.zeros_like(parameter)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
+        loading = common.peak_memory(device)[1] if device.type == "cuda" else 0
         common.forget_peak(device)
         trainer.step(1)
-        trained, step, drawing = sum(p.numel() for p in trainer.learned.parameters()), common.peak_memory(device)[1], 0
+        step, drawing = max(loading, common.peak_memory(device)[1]), 0
+        trained = sum(p.numel() for p in trainer.learned.parameters())
         if device.type == "cuda":
             common.forget_peak(device)
             trainer.sd.generate(["a dog"], [0], 2, trainer.args.guidance, batch_size=1)

@@ -12,8 +12,9 @@ transformers; none of its code is here. Its shape:
 - Every validation loads ALIGN anew and embeds the photos anew; pictures are drawn and scored one by one.
 
 The job is train.py's own: the same base, subject, number of negatives, gradient steps, pairs a step, validations and
-validation pictures, guidance and learning rate. "As released" has the release's 16 negatives a prompt instead of 4. Our
-seconds are those of a real run of train.py in a process of its own. Both without Python's start.
+validation pictures, guidance and learning rate; the solver's steps are each one's own. "As released" has the release's
+16 negatives a prompt instead of 4. Our seconds are those of a real run of train.py in a process of its own. Both
+without Python's start.
 """
 
 from __future__ import annotations
@@ -136,20 +137,20 @@ class Release:
 
 
 def measure(release: Release, times: dict[str, int]) -> dict[str, list[float]]:
-    """Seconds of each piece of work, `times` times each."""
+    """Seconds of each piece of work, `times` times each, after one that does not count (but for loading the base)."""
     prompts = release.subject.training_prompts
 
-    def timed(work: Callable, count: int, *arguments) -> list[float]:
+    def timed(work: Callable, count: int, *arguments, warm: int = 1) -> list[float]:
         seconds = []
-        for i in range(count):
+        for i in range(count + warm):
             common.synchronize(release.device)
             start = time.perf_counter()
             work(*(each[i % len(each)] for each in arguments))
             common.synchronize(release.device)
             seconds.append(time.perf_counter() - start)
-        return seconds
+        return seconds[warm:]
 
-    pieces = {"load": timed(release.load, times["load"])}
+    pieces = {"load": timed(release.load, times["load"], warm=0)}
     pieces["load ALIGN, embed the photos"] = timed(release.load_align, times["load ALIGN, embed the photos"])
     pieces["negative"] = timed(release.negative, times["negative"], prompts)
     pieces["training step"] = timed(release.step, times["training step"])
@@ -214,7 +215,7 @@ def main() -> int:
 def table(report: Callable, pieces: dict, same: dict, released: dict, result: dict) -> None:
     """Each piece of the release's work, both totals, and the ratio to ours."""
     report("\n### The release's shape on weights/toy, piece by piece\n")
-    report("| piece | s (mean) | measured | same work | as released |\n|---|---|---|---|---|")
+    report("| piece | s (mean) | measured | same counts | as released |\n|---|---|---|---|---|")
     for name, seconds in pieces.items():
         mean, measured = statistics.mean(seconds), len(seconds)
         jobs = " | ".join(f"{times[name]} x = {times[name] * mean:.0f} s" for times in (same, released))

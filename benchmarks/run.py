@@ -82,7 +82,7 @@ def unet_rows(pair: Pair, batch: int, side: int, repeats: int, backward: bool = 
 
 
 def drawing_rows(pair: Pair, pictures: int, steps: int, size: int, repeats: int) -> list[str]:
-    """From prompts to pictures of `size` pixels, DPM-Solver++ with guidance."""
+    """From prompts to pictures of `size` pixels, DPM-Solver++ with guidance. Ours has kept the prompts' encodings."""
     prompts = load_subject(DOG).training_prompts
     prompts = [prompts[i % len(prompts)] for i in range(pictures)]
     shape = (pictures, pair.ours.unet.config.in_channels, size // pair.ours.vae.downscale)

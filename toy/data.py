@@ -54,8 +54,9 @@ def make_data(count: int) -> None:
             images[first : first + len(pictures)] = pictures
             captions += texts
     images.flush()
-    (CACHE / "captions.json").write_text(json.dumps(captions))
+    (CACHE / "captions.partial.json").write_text(json.dumps(captions))
     os.replace(beside, path)
+    os.replace(CACHE / "captions.partial.json", CACHE / "captions.json")
 
 
 class Data:
@@ -101,7 +102,7 @@ class Data:
 def encoded(data: Data, vae: VAE, device: str, count: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the first `count` drawings' latents, scaled, in half precision.
 
-    Kept in toy/cache for as long as the drawings and the encoder that made them are the same.
+    Kept in toy/cache for as long as the drawings, told by the first 64, and the encoder that made them are the same.
     """
     path, scale = CACHE / "latents.safetensors", vae.config.scaling_factor
     made_by = hashlib.sha256(f"{count} {scale}".encode() + data.images[:64].tobytes())

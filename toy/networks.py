@@ -1,6 +1,6 @@
 """The sizes of weights/toy's networks, and its files in the public layout: configurations, tokenizers, scheduler.
 
-The whole is about 16 million numbers, under 32 MiB in half precision. Only numbers differ from the public models'
+The whole is about 14 million numbers, under 32 MiB in half precision. Only numbers differ from the public models'
 config.json files; the classes are the same.
 """
 

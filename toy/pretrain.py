@@ -10,10 +10,10 @@
     python -m toy.pretrain unet
     python -m toy.pretrain vae-refine      # optional: sharper pictures from almost the same latents
 
-Each command goes on where it was stopped (its state is in toy/cache) and writes its part of weights/toy in the public
-layout, in half precision. `--go-on` starts from the weights that are there. On a GPU add `--device cuda` and a larger
-`--batch`; `--steps` sets the length. After `vae`, `vae-full` or `clip` the U-Net must be trained anew: it has learned
-other latents or other words.
+Each command but the first goes on where it was stopped (its state is in toy/cache) and writes its part of weights/toy
+in the public layout, in half precision. `--go-on` starts from the weights that are there. On a GPU add `--device cuda`
+and a larger `--batch`; `--steps` sets the length. After `vae`, `vae-full` or `clip` the U-Net must be trained anew: it
+has learned other latents or other words.
 """
 
 from __future__ import annotations
