@@ -31,17 +31,16 @@ def run(args) -> int:
     base, variant, prediction_type = cli.base_of(args, args.ckpt, header)
     check_layout(base)
     cli.check_writable(args.export_single or args.out / "grid.png")
-    if args.export_single:
-        sources = {path.resolve() for path in (args.ckpt, base, *base.rglob("*")) if path}
-        if (whole := args.export_single).resolve() in sources:
+    if whole := args.export_single:
+        if whole.resolve() in {path.resolve() for path in (args.ckpt, base, *base.rglob("*")) if path}:
             raise ValueError(f"--export-single {whole} would replace what it is made of: give another name")
-    if not args.export_single:
+    else:
         steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, base)
     sd = StableDiffusion.from_pretrained(base, cli.device(args.device), variant, prediction_type)
     sd.precision = PRECISIONS[engine.precision(args.precision, sd.device)]
     if args.ckpt:
         sd.load_unet(args.ckpt)
-    if args.export_single:
+    if whole:
         told = {name: value for name, value in header.items() if not name.startswith("ss_")}  # those are a LoRA's
         cli.write_whole(whole, lambda path: sd.export(path, told))
         print(f"{whole}: U-Net, VAE and text encoder in one file, in half precision")

@@ -467,6 +467,16 @@ def test_weights_of_an_unfinished_run_are_told(run, bench, tmp_path, capsys):
     assert "runs/dog/best.safetensors is not finished" in line
 
 
+def test_a_changed_part_of_a_huge_file_is_seen(tmp_path):
+    path, size, seen = tmp_path / "weights", 20 * 2**20, set()
+    for first, last in ((0, 0), (0, 1), (size // 3, size // 2), (size - 1, size)):
+        data = bytearray(size)
+        data[first:last] = b"1" * (last - first)
+        path.write_bytes(data)
+        seen.add(evaluate.digest([path]))
+    assert len(seen) == 4
+
+
 def test_any_changed_weight_of_a_large_file_is_seen(tmp_path):
     path, size = tmp_path / "weights", 5 * 2**20
     seen = set()

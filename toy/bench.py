@@ -330,8 +330,12 @@ class Bench:
     def figures(self, runs: list[tuple[str, int]]) -> None:
         """methods.png and lambda_val.png: of the first run in which each λ_val kept another step, else of the first."""
         lambdas = [f"RPO {choice}" for choice in list(CHOICES)[:3]]
-        differ = (run for run in runs if len({self.kept(*run).get(name) for name in lambdas} - {None}) == len(lambdas))
-        run = next(differ, runs[0])
+
+        def differ(run: tuple[str, int]) -> bool:
+            kept = self.kept(*run)
+            return len({kept[name] for name in lambdas if name in kept}) == len(lambdas)
+
+        run = next(filter(differ, runs), runs[0])
         self.figure("methods.png", *run, ["base", *METHODS, *GROUPS["loss"]])
         self.figure("lambda_val.png", *run, ["base", *lambdas])
 

@@ -112,16 +112,16 @@ def train_vae(steps: int, batch: int, device: str, go_on: bool = False, stage: s
         psnr = float(10 * torch.log10(4 / mse.detach()))
         return error.abs().mean() + mse + 1e-6 * kl, {"psnr": psnr, "kl": float(kl)}
 
+    @torch.no_grad()
+    def measured_scale(tensors: dict[str, Tensor]) -> float:
+        average = VAE(config_from(VAEConfig, VAE_CONFIG))
+        average.load_state_dict(tensors)
+        average.eval().to(device)
+        latents = torch.cat([average.encode(data.pixels(range(i, i + 64)))[0] for i in range(0, 512, 64)])
+        return round(1 / latents.std().item(), 5)
+
     def save(tensors: dict[str, Tensor]) -> None:
-        scale = scaling_factor
-        if not refine:
-            average = VAE(config_from(VAEConfig, VAE_CONFIG))
-            average.load_state_dict(tensors)
-            average.eval().to(device)
-            with torch.no_grad():
-                latents = torch.cat([average.encode(data.pixels(range(i, i + 64)))[0] for i in range(0, 512, 64)])
-            scale = round(1 / latents.std().item(), 5)
-        config = VAE_CONFIG | {"scaling_factor": scale}
+        config = VAE_CONFIG | {"scaling_factor": scaling_factor or measured_scale(tensors)}
         write_part(WEIGHTS / "vae", config, tensors, "diffusion_pytorch_model.safetensors")
 
     lr = {"vae": 2e-3, "vae-full": 1e-3, "vae-refine": 1e-3}[stage]
