@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 INSTANCE_PROMPT = "a photo of {V} {noun}"
 
@@ -78,7 +80,8 @@ _PEOPLE = "person man woman boy girl child baby wife husband daughter son mother
 LIVE_NOUNS = frozenset(_ANIMALS.split() + _PEOPLE.split())
 _LIFELESS = {"toy", "plush", "plushie", "stuffed", "teddy", "rubber", "hot", "figurine", "statue"}  # "teddy bear"
 
-PHOTO_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+PHOTO_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tiff"})
+UNREAD_ENDINGS = frozenset({".heic", ".heif", ".avif", ".dng", ".raw", ".cr2", ".nef", ".arw", ".gif", ".jxl"})
 
 
 class SubjectError(ValueError):
@@ -101,6 +104,11 @@ class Subject:
         return INSTANCE_PROMPT.format(V=self.token, noun=self.noun)
 
     @property
+    def class_prompt(self) -> str:
+        """What the baselines' class images are drawn from: "a photo of a dog"."""
+        return f"a photo of a {self.noun}"
+
+    @property
     def training_prompts(self) -> list[str]:
         """The 8 prompts that draw the negatives and the validation images."""
         return self._fill(TRAINING_PROMPTS)
@@ -114,12 +122,13 @@ class Subject:
         return [prompt.format(V=self.token, noun=self.noun) for prompt in prompts["live" if self.live else "thing"]]
 
 
-def load_subject(folder: Path | str, noun: str | None = None, live: bool | None = None, token="[V]") -> Subject:
+def load_subject(folder: Path | str, noun: str | None = None, live: bool | None = None, token: str = "[V]") -> Subject:
     """The subject whose photos lie in `folder`. Each photo is decoded once here: a bad one is known at the start.
 
     noun: by default DreamBench's for its folder names, else the folder's name ("my_dog2" is a "my dog").
     live: by default whether the noun is an animal or a person. Files with other endings, hidden files and folders are
-    passed over. Raises SubjectError for a folder, photo, noun or token that cannot be used.
+    passed over; photos that are not read, such as .heic, with a note. Raises SubjectError for a folder, photo, noun or
+    token that cannot be used.
     """
     photos = _find_photos(Path(folder))
     for photo in photos:
@@ -150,9 +159,10 @@ def load_photos(subject: Subject, size: int) -> list[Image.Image]:
 def open_photo(path: Path | str, size: int) -> Image.Image:
     """A photo as an 8-bit RGB PIL image of size x size.
 
-    The rule: turn it upright by its EXIF orientation; cut the largest centred square; composite transparency on white;
-    resize with Lanczos. A JPEG of over four times the size is decoded at a fraction of its scale, which is faster and
-    looks the same. Raises SubjectError if the file is not a whole image.
+    The rule: turn it upright by its EXIF orientation; cut the largest centred square; turn the colours of its profile,
+    such as an iPhone's Display P3, into sRGB; composite transparency on white; resize with Lanczos. A JPEG of over four
+    times the size is decoded at a fraction of its scale, which is faster and looks the same. Raises SubjectError if the
+    file is not a whole image.
     """
     try:
         with warnings.catch_warnings():
@@ -179,11 +189,14 @@ def _find_photos(folder: Path) -> list[Path]:
             raise SubjectError(f"{folder} is not a folder: give the folder that holds the subject's photos")
         found = [path for path in folder.iterdir() if path.suffix.lower() in PHOTO_ENDINGS]
         photos = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
+        unread = [path.name for path in folder.iterdir() if path.suffix.lower() in UNREAD_ENDINGS]
     except OSError as error:
         raise SubjectError(f"{folder} cannot be read ({error.strerror}): check its permissions") from None
     if not photos:
         endings = " ".join(sorted(PHOTO_ENDINGS))
         raise SubjectError(f"{folder} holds no photos ({endings}): put 4 to 6 there, converting others such as .heic")
+    if unread:
+        print(f"note: not read, convert them to .jpg: {', '.join(sorted(unread))}")
     return sorted(photos, key=lambda path: path.name)
 
 
@@ -194,6 +207,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         white = 1 if image.getextrema()[1] <= 1 else 255
         return image.point(lambda grey: grey * (255 / white) + 0.5).convert("L").convert("RGB")
+    if image.mode in ("RGB", "CMYK") and (profile := image.info.get("icc_profile")):
+        with suppress(ImageCms.PyCMSError):  # a broken profile, or of another mode: the numbers as they are
+            return ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

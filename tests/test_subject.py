@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 import subject as module
 from subject import DREAMBENCH_NOUNS, DREAMBENCH_PROMPTS, TRAINING_PROMPTS, SubjectError, load_photos, load_subject
@@ -137,6 +137,26 @@ def test_photos_are_found_sorted_and_the_rest_passed_over(tmp_path):
     subject = load_subject(str(folder))
     assert [photo.name for photo in subject.photos] == sorted(names)
     assert [photo.size for photo in load_photos(subject, 16)] == [(16, 16)] * len(names)
+
+
+def test_photos_that_are_not_read_are_told(tmp_path, capsys):
+    for name in ("1.jpg", "2.jfif", "3.mpo"):
+        Image.new("RGB", (4, 4), "red").save(tmp_path / name, "JPEG")
+    (tmp_path / "4.HEIC").write_bytes(b"a phone's")
+    assert [photo.name for photo in load_subject(tmp_path, "dog").photos] == ["1.jpg", "2.jfif", "3.mpo"]
+    out = capsys.readouterr().out
+    assert "4.HEIC" in out and "not read" in out and "1.jpg" not in out
+
+
+def test_a_profiles_colours_become_srgb(tmp_path):
+    """In a space whose red is sRGB's green the numbers mean another colour. A broken profile counts as none."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+    for name, profile in {"srgb": srgb, "swapped": swapped, "broken": b"no profile"}.items():
+        put(tmp_path, f"{name}.png", Image.new("RGB", (4, 4), (200, 60, 40)), icc_profile=profile)
+    seen = {path.stem: open_(path, 1).getpixel((0, 0)) for path in tmp_path.iterdir()}
+    assert seen["broken"] == (200, 60, 40) and near(seen["srgb"], (200, 60, 40), 1)
+    assert near(seen["swapped"], (60, 200, 40), 2)
 
 
 def test_bad_folders(tmp_path, monkeypatch):
