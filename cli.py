@@ -1,4 +1,4 @@
-"""What the commands share: argument types with one-line errors, the device, files written whole."""
+"""What the commands share: argument types with one-line errors, defaults, the device."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 import parallel
 from model.stable_diffusion import recommended
 from model.tokenizer import CLIPTokenizer
+from model.weights import memory_is_full, write_whole
 
 EMBEDDED_BASE = Path(__file__).parent / "weights" / "toy"
 
-# The paper's settings (table 4), and our own solver steps. A base's rpo.json may recommend others; flags win.
-PAPER = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "class_images": 200, "solver_steps": 20}
+# The paper's settings (table 4) but for those in OURS. A base's rpo.json may recommend others; flags win.
+DEFAULTS = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "class_images": 200, "solver_steps": 20}
 LORA_LR = 1e-4
 OURS = {"lora_lr": "usual for LoRA", "solver_steps": "our default", "class_images": "usual for DreamBooth"}
 
@@ -34,13 +35,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")  # a λ should not end a run where the output's encoding has none
+                # A λ should not end a run where the output's encoding has none; and a log should grow line by line.
+                stream.reconfigure(errors="replace", line_buffering=True)
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)  # argparse lacks -1e-4
 
     def error(self, message: str):
-        told = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
-        self.exit(2, told if parallel.speaks_first() else None)
+        line = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
+        self.exit(2, line if parallel.speaks_first() else None)
 
 
 def fail(message: object) -> int:
@@ -50,9 +52,32 @@ def fail(message: object) -> int:
     return 2
 
 
+def guarded(work: Callable[[], int], remedy: Callable[[], str], interrupted: str) -> int:
+    """`work`'s exit status; or, of what a user can cause, one line on stderr, and 2, or 130 for Ctrl-C.
+
+    remedy: says what to try when the memory is full. A SIGTERM, or a SIGHUP that nohup does not hide, counts as Ctrl-C.
+    """
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if parallel.world() == 1 and number and signal.getsignal(number) == signal.SIG_DFL:  # torchrun ends its own
+            signal.signal(number, signal.default_int_handler)
+    try:
+        return work()
+    except (ValueError, OSError, FloatingPointError) as error:
+        return fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not memory_is_full(error):
+            raise
+        return fail(f"the memory is full: {remedy()}")
+    except KeyboardInterrupt:
+        if parallel.speaks_first():
+            print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+
+
 def count(text: str) -> int:
-    """A whole number of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+    """A whole number of at least 1, and below 2^31: the libraries have no words for larger ones."""
+    return _number(text, int, lambda value: 1 <= value < 2**31, "a whole number of at least 1, below 2^31")
 
 
 def seed(text: str) -> int:
@@ -75,11 +100,11 @@ def fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
-def path(text: str) -> Path:
+def path(name: str) -> Path:
     """A file or folder; "" would be the current folder, and comes of an empty variable."""
-    if not text:
+    if not name:
         raise argparse.ArgumentTypeError("is empty: give the name of a file or folder, or leave it out")
-    return Path(text)
+    return Path(text(name))  # headers, PNGs and JSON name it
 
 
 def text(value: str) -> str:
@@ -153,8 +178,8 @@ def base_of(args: argparse.Namespace, ckpt: Path | None, header: dict) -> tuple[
     Raises ValueError if the header has to say which base it is and does not, or that base is not there.
     """
     # A whole U-Net's goes with it, whichever base it stands on; a LoRA's U-Net is the base's own.
-    told = None if args.base and "lora_rank" in header else header.get("prediction_type")
-    prediction_type = args.prediction_type or told
+    noted = None if args.base and "lora_rank" in header else header.get("prediction_type")
+    prediction_type = args.prediction_type or noted
     if ckpt is None or args.base:
         return args.base or EMBEDDED_BASE, args.variant, prediction_type
     name = header.get("base")
@@ -186,8 +211,8 @@ def steps_and_guidance(args: argparse.Namespace, ckpt: Path | None, header: dict
     Raises ValueError, naming the file, for a number that cannot be used.
     """
     recommends, source = recommended(base)
-    steps = args.steps or number(recommends, "solver_steps", 20, f"{source}")
-    guidance = number(recommends, "guidance", 7.5, f"{source}")
+    steps = args.steps or number(recommends, "solver_steps", DEFAULTS["solver_steps"], f"{source}")
+    guidance = number(recommends, "guidance", DEFAULTS["guidance"], f"{source}")
     return steps, args.guidance or number(header, "guidance", guidance, f"{ckpt}")
 
 
@@ -197,7 +222,7 @@ def settle(args: argparse.Namespace) -> None:
     Says which is which. Raises ValueError, naming the file, for a number that cannot be used.
     """
     recommends, told_by = recommended(args.base)
-    for name, value in PAPER.items():
+    for name, value in DEFAULTS.items():
         source = "command line"
         if getattr(args, name) is None:
             key, value = ("lora_lr", LORA_LR) if name == "lr" and args.lora_rank else (name, value)
@@ -218,7 +243,7 @@ def check_writable(path: Path, size: int = 0) -> None:
     """Raise ValueError, before any work, if a file of `size` bytes cannot be written at `path`. Leaves nothing."""
     try:
         folder = path.parent
-        while not folder.exists():  # write_whole makes what is missing
+        while not os.path.lexists(folder):  # write_whole makes what is missing, but a link that leads nowhere
             folder = folder.parent
         if path.is_dir():
             raise ValueError(f"{path} is a folder: give a file name")
@@ -232,23 +257,7 @@ def check_writable(path: Path, size: int = 0) -> None:
         raise ValueError(f"{folder} has {free / 2**30:.1f} GiB free, and {size / 2**30:.1f} are needed")
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a name beside `path`, then rename: a kill leaves the old file or the new one, whole.
-
-    Makes the folder if need be. Raises ValueError if the file cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        os.replace(beside, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        raise ValueError(f"{path} cannot be written ({error})") from None
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: dict) -> None:
-    """As write_whole."""
+    """As model.weights.write_whole."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))

@@ -21,7 +21,7 @@ from model.lora import PROJECTION
 from model.single_file import read_single_file
 from model.stable_diffusion import PRECISIONS, StableDiffusion
 from model.unet import ResNet, Transformer, UNet, UNetConfig
-from model.weights import config_from, find_weights, read_json, read_tensors, told
+from model.weights import blaming, config_from, find_weights, read_json, read_tensors
 
 # Bytes that backward() needs for each number of a layer's input and output, in fp32 and in half precision: counted in
 # ResNet and Transformer, where autocast keeps the norms, and so their inputs and the SiLU's, in fp32.
@@ -81,7 +81,7 @@ def check_numbers(row: dict[str, float], step: int, scaled: bool = False) -> dic
     if "total" in wrong or "gradient_norm" in wrong:
         term = next((name for name in wrong if name != "total"), "total")
         what = f"the loss is {row['total']} at step {step} ({term} is {row[term]})"
-        raise FloatingPointError(f"{what}: try a smaller --lr")
+        raise FloatingPointError(f"{what}: try a smaller --lr{', or --precision fp32' if scaled else ''}")
     return row
 
 
@@ -152,7 +152,7 @@ def estimate_of(args: argparse.Namespace) -> dict[str, int]:
     source = args.base if args.base.is_file() else args.base / "unet" / "config.json"
     config, others = config_from(UNetConfig, values, source), sum(e.numel() for part in others for e in part.values())
     modes = args.precision, args.lora_rank, args.checkpoint_gradients
-    with told(f"the configuration of {source} describes no possible network"):
+    with blaming(f"the configuration of {source} describes no possible network"):
         side = math.ceil(args.resolution / 8) if args.resolution else config.sample_size  # 8: of every public VAE
         return estimate(config, others, side, own_pairs(args.batch), *modes)
 
@@ -178,13 +178,13 @@ def tell_memory(args: argparse.Namespace, device: torch.device) -> bool:
 
 
 def remedy(args: argparse.Namespace) -> str:
-    """What to try when a GPU's memory does not suffice for train.py, in this order."""
+    """What to try when the memory does not suffice for train.py, in this order."""
     flags = [] if args.precision != "fp32" else ["--precision bf16"]
     flags += [] if args.lora_rank else ["--lora-rank 16"]  # the whole U-Net's weights take more than its activations
     flags += [] if args.checkpoint_gradients else ["--checkpoint-gradients"]
     alone = args.batch is not None and own_pairs(args.batch) == 1
     flags += [] if alone else ["a smaller --batch"]
-    last = "a larger GPU (--batch is a pair a process already)" if alone else "a larger GPU"
+    last = "a larger machine (--batch is a pair a process already)" if alone else "a larger machine"
     return f"try {', then '.join([*flags, last])}"
 
 

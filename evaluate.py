@@ -13,7 +13,6 @@ subject of the public data set (google/dreambooth); the same command again goes 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import statistics
 import sys
 from collections.abc import Iterator
@@ -30,16 +29,17 @@ import cli
 import engine
 import parallel
 from metrics import Metrics
+from model.single_file import CONFIG_KEY
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
 from model.weights import CheckpointError, memory_is_full, read_json, read_metadata
-from pictures import drawn_with, picture_names, save_grid, save_pictures
-from record import warn_if_unfinished
+from pictures import check_page, drawn_with, picture_names, save_grid, save_pictures
+from record import digest, files_of_base, warn_if_unfinished
 from reward import lambda_harmonic
 from subject import DREAMBENCH_NOUNS, Subject, load_subject, open_photo
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
 TITLES |= {"lambda_harmonic": "λ-Harmonic"}
-FULL = "the memory is full: use a smaller --batch"
+FULL = "use a smaller --batch, or --device cpu"
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,17 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
     steps, guidance = cli.steps_and_guidance(args, ckpt, header, base)
     size = cli.number(header, "resolution", 1, f"{ckpt}") if "resolution" in header else None  # the base's own
     settings |= {"guidance": guidance, "steps": steps, "size": size}
-    told = cli.number(header, "lambda_val", 0.3, f"{ckpt}", cli.fraction)
-    settings["lambda_val"] = told if args.lambda_val is None else args.lambda_val
+    lambda_val = cli.number(header, "lambda_val", 0.3, f"{ckpt}", cli.fraction)
+    settings["lambda_val"] = lambda_val if args.lambda_val is None else args.lambda_val
 
     out, result = out or Path(f"{stem}.eval"), Path(f"{stem}.eval.json")
     if out.resolve() == folder.resolve():
         raise ValueError(f"--out {out} is the folder of the photos: give another one")
-    for path in (out / "grid.png", result):
-        cli.check_writable(path)
+    check_page(out)
+    cli.check_writable(result)
     settings |= {"ckpt": ckpt.name if ckpt else None, "base": cli.base_name(base)}
     settings |= {"variant": variant, "prediction_type": prediction_type, "precision": args.precision}
-    networks = [base] if base.is_file() else [base / part for part in ("unet", "vae", "text_encoder", "scheduler")]
-    files = {"ckpt": [ckpt] if ckpt else [], "base": [*networks, home / "tokenizer"], "photos": subject.photos}
+    files = {"ckpt": [ckpt] if ckpt else [], "base": files_of_base(base), "photos": subject.photos}
     files |= {name: [path] for name, path in folders.items()}
     settings["files"] = {name: digest(paths) for name, paths in files.items()}
     return Job(subject, ckpt, header, (base, variant, prediction_type), folders, settings, out, result)
@@ -115,19 +114,6 @@ def subject_of(args: argparse.Namespace, folder: Path, ckpt: Path | None, header
         if ours not in (None, trained := getattr(subject, name)):
             print(f"note: {ckpt} was trained with {name} {trained}, which is used, not {ours}")
     return subject
-
-
-def digest(paths: list[Path]) -> str:
-    """Tells files, and those of folders, apart by name, size, and all of 16 MiB, or one at 16 places to the last."""
-    seen = hashlib.sha256()
-    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    for file in (file for file in files if file.is_file()):
-        with open(file, "rb") as stream:
-            seen.update(f"{file.name} {(size := file.stat().st_size)}\n".encode())
-            for place in range(0, size, 2**20) if size <= 2**24 else [(size - 2**20) * i // 15 for i in range(16)]:
-                stream.seek(place)
-                seen.update(stream.read(2**20))
-    return seen.hexdigest()[:16]
 
 
 class Evaluator:
@@ -158,7 +144,7 @@ class Evaluator:
         self.load(job)
         settings, n = job.settings, job.settings["n"]
         prompts = [prompt for prompt in job.subject.test_prompts for _ in range(n)]
-        # 2: other noise than train.py's, which comes from (seed) and (seed + 1).
+        # 2: other noise than train.py's.
         seeds = np.random.SeedSequence([settings["seed"], 2]).generate_state(len(prompts)).tolist()
         options = {"steps": settings["steps"], "sampler": "dpm++", "guidance": settings["guidance"]}
         looks = {"unit": "image", "leave": False, "delay": 0.1, "disable": parallel.rank() > 0}
@@ -176,6 +162,7 @@ class Evaluator:
         save_grid(job.out, images, prompts, seeds, n, text)
         columns = {"prompt": prompts, "seed": seeds, "file": names} | scores
         result = {"subject": str(job.subject.folder), "pictures": str(job.out), "settings": settings}
+        result["training"] = {name: value for name, value in sorted(job.header.items()) if name != CONFIG_KEY}
         result["scored_text"] = f"the prompt without the token {job.subject.token}"
         kinds = self.metrics.kinds().items()
         result["networks"] = {name: f"{shown(job.folders[name])}, {kind}" for name, kind in kinds}
@@ -236,21 +223,21 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
     cli.check_writable(summary)
 
     @contextmanager
-    def told(name: str) -> Iterator[None]:
+    def reported(name: str) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            failed[name] = FULL if memory_is_full(error) else " ".join(str(error).split())
+        except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+            failed[name] = f"the memory is full: {FULL}" if memory_is_full(error) else " ".join(str(error).split())
             print(f"{name}: error: {failed[name]}", file=sys.stderr)
 
     mine = names[parallel.rank() :: parallel.world()]
     for name in mine:  # what is wrong with the last should be known before the first is drawn
-        with told(name):
+        with reported(name):
             path, out = Path(template.replace("{subject}", name)), args.out and args.out / name
             jobs[name] = plan(args, args.dreambench / name, path if args.ckpt else None, path.with_suffix(""), out)
     evaluator = Evaluator(device, args.batch, args.precision)
     for name, job in jobs.items():
-        with told(name):
+        with reported(name):
             before = job.done()
             rows[name] = {k: v["mean"] for k, v in (before or evaluator(job))["means"].items()}
             print(f"{name}: {'done before' if before else 'done'}, {job.result}", flush=True)
@@ -272,7 +259,7 @@ def main() -> int:
     add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--subject", type=cli.path, help="a folder with the subject's photos")
     what.add_argument("--dreambench", type=cli.path, metavar="FOLDER", help="the public data set, a folder a subject")
-    add("--ckpt", help="a checkpoint of train.py; --dreambench puts each for {subject} (default: the base alone)")
+    add("--ckpt", type=cli.text, help="of train.py; --dreambench puts names for {subject} (default: the base alone)")
     add("--noun", type=cli.text, help="what it is, such as dog (default: the checkpoint's, or from the folder's name)")
     add("--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: as the noun's)")
     add("--token", type=cli.text, help="the unique token (default: the checkpoint's, or [V])")
@@ -296,21 +283,14 @@ def main() -> int:
         parser.error("--noun and --live are for --subject: --dreambench knows its subjects")
     if args.subject and parallel.world() > 1:
         parser.error("--subject is work for one process: leave torchrun out, or share many out with --dreambench")
-    try:
+    kept = "; the same command goes on with the subjects that are not done" if args.dreambench else ""
+
+    def work() -> int:
         device = cli.device(args.device)
         args.precision = engine.precision(args.precision, device)
         return (run_one if args.subject else run_many)(args, device)
-    except (ValueError, OSError) as error:
-        return cli.fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if not memory_is_full(error):
-            raise
-        return cli.fail(FULL)
-    except KeyboardInterrupt:
-        kept = "; the same command goes on with the subjects that are not done" if args.dreambench else ""
-        if parallel.speaks_first():
-            print(f"\ninterrupted{kept}", file=sys.stderr)
-        return 130
+
+    return cli.guarded(work, lambda: FULL, f"interrupted{kept}")
 
 
 if __name__ == "__main__":

@@ -20,32 +20,40 @@ from reward import Reward, strip_token, unit_features
 
 
 class Metrics:
-    """Scores of pictures of one subject, as RPO's released evaluation defines them. The photos are embedded once, here.
+    """Scores of pictures of one subject, as RPO's released evaluation means them. The photos are embedded once, here.
 
     DINO and CLIP-I: the cosine of the picture with each photo, averaged over the photos. CLIP-T: the cosine of the
-    picture and its prompt without the token, 0 if negative (so does torchmetrics, though only to the mean of a call).
-    ALIGN-I and ALIGN-T: reward.py's, cosines mapped to [0, 1]. Raises ValueError if there are no photos, or if
-    the words are of another CLIP.
+    picture and its prompt without the token, which the release leaves in, for its pattern cannot match; 0 if negative
+    (so does torchmetrics, though only to the mean of a call).
+    ALIGN-I and ALIGN-T: reward.py's, cosines mapped to [0, 1].
+    Raises ValueError if there are no photos, or if the tokenizer is another CLIP's.
     """
 
-    def __init__(self, clip: CLIP, words: CLIPTokenizer, dino: DINO, reward: Reward, photos: list[Image.Image]):
-        words.check_fits(clip.config.text_config, "CLIP")
-        self.clip, self.words, self.dino, self.reward = clip, words, dino, reward
+    def __init__(self, clip: CLIP, tokenizer: CLIPTokenizer, dino: DINO, reward: Reward, photos: list[Image.Image]):
+        tokenizer.check_fits(clip.config.text_config, "CLIP")
+        self.clip, self.tokenizer, self.dino, self.reward = clip, tokenizer, dino, reward
         self.dino_photos, self.clip_photos = self._dino(photos), self._clip(photos)
 
     @classmethod
     def from_folders(
-        cls, clip: Path, dino: Path, align: Path, photos: list[Image.Image], token: str = "[V]", device="cpu"
+        cls,
+        clip: Path,
+        dino: Path,
+        align: Path,
+        photos: list[Image.Image],
+        token: str = "[V]",
+        device: torch.device | str = "cpu",
     ) -> Metrics:
         """Load the networks from folders in the public layouts. Raises CheckpointError, naming the file, as they do."""
-        words, pieces = CLIPTokenizer.from_pretrained(clip), BertTokenizer.from_pretrained(align)
-        reward = Reward(ALIGN.from_pretrained(align).to(device), pieces, photos, token)
-        return cls(CLIP.from_pretrained(clip).to(device), words, DINO.from_pretrained(dino).to(device), reward, photos)
+        tokenizer, bert = CLIPTokenizer.from_pretrained(clip), BertTokenizer.from_pretrained(align)
+        reward = Reward(ALIGN.from_pretrained(align).to(device), bert, photos, token)
+        eyes, vit = CLIP.from_pretrained(clip).to(device), DINO.from_pretrained(dino).to(device)
+        return cls(eyes, tokenizer, vit, reward, photos)
 
     def of(self, photos: list[Image.Image], token: str) -> Metrics:
         """The same networks for another subject."""
         reward = Reward(self.reward.align, self.reward.tokenizer, photos, token)
-        return Metrics(self.clip, self.words, self.dino, reward, photos)
+        return Metrics(self.clip, self.tokenizer, self.dino, reward, photos)
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Tensor]:
         """n RGB pictures, and each one's prompt -> {"dino", "clip_i", "clip_t", "align_i", "align_t"}, each (n,) fp32.
@@ -57,9 +65,8 @@ class Metrics:
         align_i, align_t = self.reward.alignments(images, prompts)
         texts = [strip_token(prompt, self.reward.token) for prompt in prompts]
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        text = unit_features(self.clip.text_features, self.words, list(rows), self.device)[
-            [rows[text] for text in texts]
-        ]
+        features = unit_features(self.clip.text_features, self.tokenizer, list(rows), self.device)
+        text = features[[rows[text] for text in texts]]
         clip, dino = self._clip(images), self._dino(images)
         scores = {"dino": (dino @ self.dino_photos.T).mean(1), "clip_i": (clip @ self.clip_photos.T).mean(1)}
         return scores | {"clip_t": (clip * text).sum(1).clamp(min=0), "align_i": align_i, "align_t": align_t}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 import cli
+from model.weights import write_whole
 
 GAP, INK, PAPER, KEPT = 4, (40, 40, 40), (255, 255, 255), (24, 140, 60)
 
@@ -67,11 +69,22 @@ def save_grid(
     save_png(grid(pictures, columns), folder / "grid.png", text)
 
 
+def check_page(folder: Path) -> None:
+    """Raise ValueError if grid.png cannot be written there, or would replace a picture that we have not made."""
+    path = folder / "grid.png"
+    cli.check_writable(path)
+    if path.is_file():
+        with suppress(OSError), Image.open(path) as image:
+            if "parameters" in image.info:
+                return
+        raise ValueError(f"{path} is a picture of yours, and would be replaced: give another --out")
+
+
 def save_png(picture: Image.Image, path: Path, parameters: str) -> None:
     """A PNG with its settings in the text chunk "parameters"."""
     info = PngInfo()
     info.add_text("parameters", parameters)
-    cli.write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
+    write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
 
 
 def file_names(prompts: list[str]) -> dict[str, str]:

@@ -14,6 +14,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,17 @@ from PIL import Image
 from torch import Tensor
 
 import cli
+import parallel
 from model.single_file import CONFIG_KEY
-from model.weights import CheckpointError, memory_is_full, read_metadata, save_tensors
+from model.stable_diffusion import home_of
+from model.weights import CheckpointError, memory_is_full, read_metadata, save_tensors, write_whole
 from pictures import film_strip
 from subject import Subject
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 VERSION = "0.1.0"
 STATE = ".state.pt"
@@ -68,15 +77,15 @@ class Record:
     def keep(self, weights: dict[str, Tensor]) -> None:
         """Write the checkpoint: the weights of the validation just noted. Raises ValueError if that fails."""
         header = self.header | {"step": str(self.best_step), "reward": str(self.best_reward)}
-        cli.write_whole(self.ckpt, lambda path: save_tensors(weights, path, header))
+        save_tensors(weights, self.ckpt, header)
         self.kept = self.best_step, self.best_reward
 
     def write(self) -> None:
         """The history and the film strip. Raises ValueError if a file cannot be written."""
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        cli.write_whole(self.ckpt.with_suffix(".jsonl"), lambda path: path.write_text(lines, encoding="utf-8"))
+        write_whole(self.ckpt.with_suffix(".jsonl"), lambda path: path.write_text(lines, encoding="utf-8"))
         page = film_strip(self.prompts, self.photos, self.strip, self.best_step)
-        cli.write_whole(self.ckpt.with_suffix(".png"), lambda path: page.save(path, "PNG"))
+        write_whole(self.ckpt.with_suffix(".png"), lambda path: page.save(path, "PNG"))
 
     def summary(self) -> str:
         """Where the result is, and how good it is."""
@@ -100,7 +109,7 @@ class Record:
         strip = [(step, reward, torch.from_numpy(np.stack(images))) for step, reward, images in self.strip]
         best = (self.best_step, self.best_reward, self.stale)
         state = {"run": self.settings, "step": step, "best": best, "history": self.history, "strip": strip, **parts}
-        cli.write_whole(self.ckpt.with_suffix(STATE), lambda path: torch.save(state, path))
+        write_whole(self.ckpt.with_suffix(STATE), lambda path: torch.save(state, path))
         self.saved, self.last_state = step, time.time()
 
     def load_state(self, parts: dict) -> int:
@@ -140,20 +149,71 @@ class Record:
 def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
     """What sample.py and evaluate.py need to know, for the checkpoint's header."""
     values = {"format": "pt", "method": args.method, "version": VERSION, "base": cli.base_name(args.base)}
-    told = ("variant", "resolution", "lora_rank")
-    values |= {name: getattr(args, name) for name in told if getattr(args, name)}
+    optional = ("variant", "resolution", "lora_rank")
+    values |= {name: getattr(args, name) for name in optional if getattr(args, name)}
     values |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
-    labels = ("lambda_train", "beta", "tau", "preference_weight") if args.method == "rpo" else ()
-    names = (*labels, "lambda_val", "mean", "lr", "batch", "guidance", "seed")
+    terms = ("lambda_train", "beta", "tau", "preference_weight")
+    names = terms if args.method == "rpo" else ("prior_weight", "class_images")
+    names += ("dpg_reward",) if args.method == "dpg" else ()
+    names += ("images_per_prompt", "validate_every", "lambda_val", "mean", "keep_last")
+    names += ("lr", "batch", "guidance", "solver_steps", "seed")
     return values | {name: getattr(args, name) for name in names}
 
 
 def fingerprint(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
-    """What must be equal for a run to be the same run. More --steps or another --patience are welcome."""
-    free = {"steps", "patience", "resume", "device", "ckpt", "checkpoint_gradients", "compile"}
+    """What must be equal for a run to be the same run. More --steps or another --patience are welcome.
+
+    Of files it is what they hold, not where they lie.
+    """
+    free = {"steps", "patience", "resume", "device", "ckpt", "checkpoint_gradients", "compile", "subject"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings |= {"base": digest(files_of_base(args.base)), "align": digest([args.align])}
     photos = {photo.name: hashlib.sha256(photo.read_bytes()).hexdigest()[:8] for photo in subject.photos}
     return settings | {"noun": subject.noun, "photos": photos}
+
+
+def files_of_base(base: Path) -> list[Path]:
+    """A single file, or a base's folders of networks, and its tokenizer."""
+    networks = [base] if base.is_file() else [base / part for part in ("unet", "vae", "text_encoder", "scheduler")]
+    return [*networks, home_of(base) / "tokenizer"]
+
+
+def digest(paths: list[Path]) -> str:
+    """Tells files, and those of folders, apart by name, size, and all of 16 MiB, or one at 16 places to the last."""
+    seen = hashlib.sha256()
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    for file in (file for file in files if file.is_file()):
+        with open(file, "rb") as stream:
+            seen.update(f"{file.name} {(size := file.stat().st_size)}\n".encode())
+            for place in range(0, size, 2**20) if size <= 2**24 else [(size - 2**20) * i // 15 for i in range(16)]:
+                stream.seek(place)
+                seen.update(stream.read(2**20))
+    return seen.hexdigest()[:16]
+
+
+@contextmanager
+def alone(ckpt: Path) -> Iterator[None]:
+    """Inside, no other run on this machine writes the same result. Raises ValueError if one does.
+
+    The system frees the lock when a process ends, however that is; the file that carries it is removed.
+    """
+    if fcntl is None or parallel.rank() > 0:
+        yield
+        return
+    cli.check_writable(ckpt)
+    path = ckpt.with_name(f".{ckpt.stem}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing {ckpt}: wait for it, or give another --ckpt") from None
+        except OSError:  # some network file systems have no locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def check_place(ckpt: Path, resume: bool, photos: Path) -> None:
@@ -173,7 +233,7 @@ def check_place(ckpt: Path, resume: bool, photos: Path) -> None:
             raise ValueError(f"there is nothing to resume: {state} is missing")
         return
     there = [path for path in results if path.exists()]
-    if there and not state.exists() and not (_is_result(ckpt) if ckpt.exists() else history.exists()):
+    if there and not state.exists() and not (_is_result(ckpt) if ckpt.exists() else _is_history(history)):
         raise ValueError(f"{there[0]} is not train.py's, and would be replaced: move it, or give another --ckpt")
     if there:
         names = ", ".join(map(str, there))
@@ -194,4 +254,13 @@ def _is_result(ckpt: Path) -> bool:
         header = read_metadata(ckpt).keys()
         return {"version", "noun", "step"} <= header and CONFIG_KEY not in header
     except CheckpointError:
+        return False
+
+
+def _is_history(path: Path) -> bool:
+    """Does it begin as Record.write begins one, with the base's validation?"""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {"step", "reward"} <= json.loads(file.readline()).keys()
+    except (OSError, ValueError, AttributeError):
         return False

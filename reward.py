@@ -64,16 +64,23 @@ class Reward:
     """ALIGN's reward for pictures of one subject. The photos are embedded once, here; each text once, when first seen.
 
     align: an ALIGN in eval mode; its device is where the work is done. photos: the reference photos, RGB PIL images.
-    token: the unique token, taken out of every prompt. Raises ValueError if there are no photos, if the tokenizer is
-    another model's (a CheckpointError), or, as whatever embeds something, if the features are not finite.
+    token: the unique token, taken out of every prompt. combine: one of MEANS. Raises ValueError if there are no photos,
+    if the tokenizer is another model's (a CheckpointError), or, as whatever embeds something, if the features are not
+    finite.
     """
 
-    def __init__(self, align: ALIGN, tokenizer: BertTokenizer, photos: list[Image.Image], token: str = "[V]"):
+    def __init__(
+        self,
+        align: ALIGN,
+        tokenizer: BertTokenizer,
+        photos: list[Image.Image],
+        token: str = "[V]",
+        combine: Callable[[Tensor, Tensor, float], Tensor] = lambda_harmonic,
+    ):
         if not photos:
             raise ValueError("the reward needs at least one reference photo")
         tokenizer.check_fits(align.config.text_config, "ALIGN")
-        self.align, self.tokenizer, self.token = align, tokenizer, token
-        self.mean = lambda_harmonic  # or another of MEANS
+        self.align, self.tokenizer, self.token, self.combine = align, tokenizer, token, combine
         self.reference_features = self._image_features(photos)  # (photos, features), unit length
         self._text_cache: dict[str, Tensor] = {}  # stripped prompt -> (features,), unit length
 
@@ -96,15 +103,18 @@ class Reward:
         return align_i, align_t
 
     def of_photos(self, prompts: list[str], lam: float) -> Tensor:
-        """r(x_ref, c; λ) of every reference photo with every prompt: (photos, prompts). Embeds no photo again."""
+        """r(x_ref, c; λ) of every reference photo with every prompt: (photos, prompts). Embeds no photo again.
+
+        A photo's ALIGN-I is to all of them, itself included.
+        """
         photos, text = self.reference_features, self._text_features(prompts)
         align_i = _to_unit((photos[:, None] * photos).sum(2)).mean(1, keepdim=True)
         align_t = _to_unit((photos[:, None] * text).sum(2))
-        return self.mean(align_i.expand_as(align_t), align_t, lam)
+        return self.combine(align_i.expand_as(align_t), align_t, lam)
 
     def __call__(self, images: list[Image.Image], prompts: list[str], lam: float) -> Tensor:
         """r(x, c; λ, I_ref) of each image with its own prompt: (n,) in [0, 1]. Raises ValueError, as the parts do."""
-        return self.mean(*self.alignments(images, prompts), lam)
+        return self.combine(*self.alignments(images, prompts), lam)
 
     def _image_features(self, images: list[Image.Image]) -> Tensor:
         device = next(self.align.parameters()).device

@@ -105,7 +105,7 @@ class RPO:
     beta, preference_weight: as in `rpo_loss`, which raises ValueError for a wrong one.
     """
 
-    draws, counted_by = "negatives", "images_per_prompt"  # what the base draws first, and the flag that says how many
+    drawn, counted_by = "negatives", "images_per_prompt"  # what the base draws first, and the flag that says how many
     needs = ("base_loss_ref", "base_loss_drawn", "label")  # what `loss` is given beside the two denoising losses
 
     def __init__(self, beta: float = 1.0, preference_weight: float = 1.0):

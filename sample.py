@@ -9,40 +9,46 @@ Writes a PNG a picture, which carries its settings as the "parameters" text that
 
 from __future__ import annotations
 
+import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import cli
 import engine
 from model.scheduler import SAMPLERS
+from model.single_file import CONFIG_KEY
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
-from model.weights import memory_is_full, read_metadata
-from pictures import drawn_with, picture_names, save_grid, save_pictures
+from model.weights import CheckpointError, read_metadata
+from pictures import check_page, drawn_with, picture_names, save_grid, save_pictures
 from record import warn_if_unfinished
 
 DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     header = read_metadata(args.ckpt) if args.ckpt else {}
     warn_if_unfinished(args.ckpt)
     base, variant, prediction_type = cli.base_of(args, args.ckpt, header)
     check_layout(base)
-    cli.check_writable(args.export_single or args.out / "grid.png")
     if whole := args.export_single:
-        if whole.resolve() in {path.resolve() for path in (args.ckpt, base, *base.rglob("*")) if path}:
-            raise ValueError(f"--export-single {whole} would replace what it is made of: give another name")
+        cli.check_writable(whole)
+        there = whole.resolve()  # "new/../old" is there before "new" is
+        if there.exists() and not (is_export(there) and not there.samefile(base)):
+            raise ValueError(f"--export-single {whole} would replace no earlier export: give another name")
     else:
+        check_page(args.out)
         steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, base)
-    sd = StableDiffusion.from_pretrained(base, cli.device(args.device), variant, prediction_type)
+    device = torch.device("cpu") if whole else cli.device(args.device)  # to export is no arithmetic
+    sd = StableDiffusion.from_pretrained(base, device, variant, prediction_type)
     sd.precision = PRECISIONS[engine.precision(args.precision, sd.device)]
     if args.ckpt:
         sd.load_unet(args.ckpt)
     if whole:
-        told = {name: value for name, value in header.items() if not name.startswith("ss_")}  # those are a LoRA's
-        cli.write_whole(whole, lambda path: sd.export(path, told))
+        sd.export(whole, {name: value for name, value in header.items() if not name.startswith("ss_")})  # ss_: a LoRA's
         print(f"{whole}: U-Net, VAE and text encoder in one file, in half precision")
         return 0
     engine.round_frozen(sd.unet, sd.precision)
@@ -53,7 +59,9 @@ def run(args) -> int:
 
     texts = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in prompts for i in range(args.n)]
-    names, pictures, at_once = picture_names(texts, seeds), [], args.batch or sd.drawing_batch(size)
+    names = picture_names(texts, seeds)
+    at_once = args.batch or sd.drawing_batch(size)
+    pictures = []
     options = {"steps": steps, "guidance": guidance, "sampler": args.scheduler}
     try:
         with tqdm(total=len(texts), desc="drawing", unit="image", delay=0.1) as bar:
@@ -70,6 +78,13 @@ def run(args) -> int:
     save_grid(args.out, pictures, texts, seeds, args.n, settings)
     print(f"{len(pictures)} pictures in {args.out}, all on one page in {args.out / 'grid.png'}")
     return 0
+
+
+def is_export(path: Path) -> bool:
+    """Has --export-single written this file?"""
+    with suppress(CheckpointError):
+        return CONFIG_KEY in read_metadata(path)
+    return False
 
 
 def main() -> int:
@@ -96,17 +111,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.export_single and args.export_single.suffix != ".safetensors":
         parser.error(f"--export-single {args.export_single} should end in .safetensors")
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        return cli.fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if not memory_is_full(error):
-            raise
-        return cli.fail("the memory is full: use a smaller --batch or --size")
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    return cli.guarded(
+        lambda: run(args), lambda: "use a smaller --batch or --size, or --device cpu", interrupted="interrupted"
+    )
 
 
 if __name__ == "__main__":

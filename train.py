@@ -36,33 +36,18 @@ from model.lora import add_lora, lora_header, lora_tensors, without_lora
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
 from model.tokenizer import BertTokenizer
 from model.weights import CheckpointError, memory_is_full
-from record import STATE, Record, check_place, fingerprint, metadata
+from record import STATE, Record, alone, check_place, fingerprint, metadata
 from reward import MEANS, Reward, unit_features
 from rpo import RPO, denoising_loss, preference_label, preference_probability
 from subject import Subject, load_photos, load_subject
+
+NEGATIVES, VALIDATION = 3, 4  # places of noise that a seed fixes, each its own; 2 is evaluate.py's
 
 
 def generator(seed: int, *position: int) -> torch.Generator:
     """The source of every draw at one place of the run, such as (seed, step): a resumed run draws the same."""
     words = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]))
-
-
-def method_of(args: argparse.Namespace, sd: StableDiffusion) -> RPO | DreamBooth | DPG:
-    """A method says which pictures the base draws before training, what its loss needs, and the loss of a step.
-
-    It may need "label"; "base_loss_ref" and "base_loss_drawn"; "x_0_hat", "x_0" and "t"; with these, "dino". Its loss
-    is a NamedTuple, of which the loop wants `total` and `similarity`, and the history takes all.
-    """
-    if args.method == "rpo":
-        return RPO(args.beta, args.preference_weight)
-    if args.method == "dreambooth":
-        return DreamBooth(args.prior_weight)
-    channels = sd.unet.config.in_channels
-    dpg = DPG(channels, args.dpg_reward, prior_weight=args.prior_weight, seed=args.seed, device=sd.device)
-    _, weight = parallel.weighted_part(args.batch)  # the critic learns within the loss, from all pairs as θ does
-    dpg.optimizer.register_step_pre_hook(lambda *_: parallel.average(dpg.critic.parameters(), weight))
-    return dpg
 
 
 class Trainer:
@@ -82,8 +67,8 @@ class Trainer:
         self.first_step = 1
         self.away: list[torch.nn.Module] = []  # networks that are on the device for validations only
         self.photos = load_photos(subject, sd.image_size)
-        self.reward = Reward(align, BertTokenizer.from_pretrained(args.align), self.photos, subject.token)
-        self.reward.mean = MEANS[args.mean]
+        tokenizer, mean = BertTokenizer.from_pretrained(args.align), MEANS[args.mean]
+        self.reward = Reward(align, tokenizer, self.photos, subject.token, mean)
         if args.lora_rank:  # θ₀ is the same network without its adapters
             self.base_unet = self.unet = sd.unet
             self.learned = add_lora(sd.unet, args.lora_rank, generator=generator(args.seed, 0, 2))
@@ -103,10 +88,10 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ before the loop
 
-    def draw(self, prompts: list[str], seed: int, text: str) -> list[Image.Image]:
-        """A picture of each prompt, from noise that `seed` fixes. Every rank draws its part, and gets all."""
+    def draw(self, prompts: list[str], place: int, text: str) -> list[Image.Image]:
+        """A picture of each prompt, from noise that --seed and `place` fix. Every rank draws its part, and gets all."""
         mine = parallel.part(len(prompts))
-        seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()[mine]
+        seeds = np.random.SeedSequence([self.args.seed, place]).generate_state(len(prompts)).tolist()[mine]
         steps, guidance, quiet = self.args.solver_steps, self.args.guidance, parallel.rank() > 0
         with tqdm(total=len(seeds), desc=text, unit="image", leave=False, delay=0.1, disable=quiet) as bar:
             options = {"batch_size": self.at_once, "on_batch": bar.update}
@@ -118,12 +103,11 @@ class Trainer:
         args, sd = self.args, self.sd
         prompts = self.method.drawn_prompts(self.subject, getattr(args, self.method.counted_by))
         with without_lora(sd.unet):
-            drawn = self.draw(prompts, args.seed, f"drawing {self.method.draws}")
-        if "label" in self.method.needs:
-            r_gen = self.reward(drawn, prompts, args.lambda_train)  # each negative's own, with its own prompt
-            r_ref = self.reward.of_photos(prompts, args.lambda_train)  # photo i with the prompt of negative j
-            p = preference_probability(r_ref, r_gen, args.tau)
-            self.p_ref_wins = p.cpu()  # (photos, negatives); where the labels are drawn
+            drawn = self.draw(prompts, NEGATIVES, f"drawing {self.method.drawn}")
+        if {"label", "r_ref", "r_drawn"} & set(self.method.needs):
+            self.r_drawn = self.reward(drawn, prompts, args.lambda_train).cpu()  # each negative's, with its own prompt
+            self.r_ref = self.reward.of_photos(prompts, args.lambda_train).cpu()  # (photos, prompts of the negatives)
+            self.p_ref_wins = preference_probability(self.r_ref, self.r_drawn, args.tau)  # (photos, negatives)
         if "dino" in self.method.needs:
             self.dino_photos = unit_features(self.dino, self.dino.preprocess, self.photos, sd.device)
         self.ref_posterior, self.drawn_posterior = sd.encode_images(self.photos), sd.encode_images(drawn)
@@ -154,60 +138,76 @@ class Trainer:
                     break
 
     def step(self, step: int) -> dict:
-        """One gradient step on `batch` pairs of a photo and a drawn picture: all draw all, each rank takes `mine`."""
-        args, sd, draws, start = self.args, self.sd, generator(self.args.seed, step, 1), time.time()
-        n, device, (mine, weight) = args.batch, self.sd.device, parallel.weighted_part(args.batch)
-        i = torch.randint(len(self.photos), (n,), generator=draws)
-        j = torch.randint(len(self.drawn_context), (n,), generator=draws)
-        given = {}  # what the method asks for beside the two losses; nothing else is computed
-        if "label" in self.method.needs:
+        """One gradient step on `batch` pairs of a photo and a drawn picture; returns the history's row.
+
+        Every rank draws the random numbers of all pairs and goes on with its own, `mine`. Raises FloatingPointError if
+        the loss or the gradient is not finite.
+        """
+        args, sd, needs, start = self.args, self.sd, self.method.needs, time.time()
+        device, draws = sd.device, generator(args.seed, step, 1)
+        mine, weight = parallel.weighted_part(args.batch)
+        i = torch.randint(len(self.photos), (args.batch,), generator=draws)
+        j = torch.randint(len(self.drawn_context), (args.batch,), generator=draws)
+        given = {}  # what the method asks for beside the two losses; nothing dear is computed that it does not need
+        if "label" in needs:
             given["label"] = preference_label(self.p_ref_wins[i, j], draws)[mine].to(device)
 
         x_0 = torch.cat([latents(self.ref_posterior, i, draws)[mine], latents(self.drawn_posterior, j, draws)[mine]])
-        t = torch.randint(len(sd.scheduler.alphas_cumprod), (n,), generator=draws)[mine].repeat(2).to(device)
-        eps = torch.randn(n, *x_0.shape[1:], generator=draws)[mine]
+        t = torch.randint(len(sd.scheduler.alphas_cumprod), (args.batch,), generator=draws)[mine].repeat(2).to(device)
+        eps = torch.randn(args.batch, *x_0.shape[1:], generator=draws)[mine]
         eps = eps.repeat(2, 1, 1, 1).to(device)  # a pair shares t and ε
-        i, j, n = i[mine], j[mine], len(t) // 2
+        i, j, n = i[mine], j[mine], len(t) // 2  # from here on this rank's pairs
         x_t, target = sd.scheduler.add_noise(x_0, eps, t), sd.scheduler.target(x_0, eps, t)
         context = torch.cat([repeat(self.ref_context, "1 l d -> n l d", n=n), self.drawn_context[j]])
 
-        if "base_loss_ref" in self.method.needs:  # before θ's pass, whose insides wait for backward()
+        if "base_loss_ref" in needs:  # before θ's pass, whose insides wait for backward()
             with sd.autocast(), torch.no_grad(), without_lora(self.base_unet):
                 base = denoising_loss(self.base_unet(x_t, t, context), target)
             given["base_loss_ref"], given["base_loss_drawn"] = base.chunk(2)
         with sd.autocast():
             prediction = self.unet(x_t, t, context)
         loss_ref, loss_drawn = denoising_loss(prediction, target).chunk(2)
-        if "x_0_hat" in self.method.needs:
+        if "t" in needs:
+            given["t"] = t[:n]
+        if "r_ref" in needs:
+            given |= {"r_ref": self.r_ref[i, j].to(device), "r_drawn": self.r_drawn[j].to(device)}
+        if "x_0_hat" in needs:
             x_0_hat = sd.scheduler.to_x0_eps(prediction.float(), x_t, t)[0]
-            given |= {"x_0_hat": x_0_hat[:n], "x_0": x_0[:n], "t": t[:n]}
-        if "dino" in self.method.needs:
+            given |= {"x_0_hat": x_0_hat[:n], "x_0": x_0[:n]}
+        if "dino" in needs:
             pictures = sd.decode_latents(x_0_hat[:n].detach())
             features = unit_features(self.dino, self.dino.preprocess, pictures, sd.device)
             given["dino"] = (features * self.dino_photos[i.to(device)]).sum(1)
 
         loss = self.method.loss(loss_ref, loss_drawn, **given)
-        self.scaler.scale(loss.total).backward()
+        row = engine.numbers(loss._asdict() | {"gradient_norm": self.update(loss.total, weight)})
+        if "label" in given:
+            row |= {"label": given["label"].mean().item(), "p": self.p_ref_wins[i, j].mean().item()}
+        row = engine.check_numbers(parallel.mean(row, weight), step, self.scaler.is_enabled())
+        return {"step": step, **row, "seconds": round(time.time() - start, 3)}
+
+    def update(self, total: Tensor, weight: float) -> Tensor:
+        """AdamW down the gradient, averaged over the ranks by weight; returns its norm before it was cut to 1."""
+        self.scaler.scale(total).backward()
         parallel.average(self.learned.parameters(), weight)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.learned.parameters(), 1.0)
         self.scaler.step(self.optimizer)  # unless fp16's gradients overflowed: then the scale is halved
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        row = engine.numbers(loss._asdict() | {"gradient_norm": norm})
-        if "label" in given:
-            row |= {"label": given["label"].mean().item(), "p": self.p_ref_wins[i, j].mean().item()}
-        row = engine.check_numbers(parallel.mean(row, weight), step, self.scaler.is_enabled())
-        return {"step": step, **row, "seconds": round(time.time() - start, 3)}
+        return norm
 
-    def validate(self, step: int) -> None:
-        """Draw the training prompts with the same seeds as ever, score them, keep the weights if they are the best."""
+    def validate(self, step: int) -> tuple[Tensor, Tensor]:
+        """Draw the training prompts with the same seeds as ever, score them, keep the weights if they are the best.
+
+        Returns ALIGN-I and ALIGN-T of every picture.
+        """
         args, start = self.args, time.time()
         prompts = [prompt for prompt in self.subject.training_prompts for _ in range(args.images_per_prompt)]
         with engine.visiting(self.away, self.sd.device):
-            images = self.draw(prompts, args.seed + 1, f"validating step {step}")
-            align_i, align_t = self.alignments = self.reward.alignments(images, prompts)  # toy/bench.py has other λ
-        reward = self.reward.mean(align_i, align_t, args.lambda_val).mean().item()
+            images = self.draw(prompts, VALIDATION, f"validating step {step}")
+            align_i, align_t = self.reward.alignments(images, prompts)
+        reward = self.reward.combine(align_i, align_t, args.lambda_val).mean().item()
         row = {"align_i": align_i.mean().item(), "align_t": align_t.mean().item(), "reward": reward}
         row = {"step": step, **parallel.mean(row, 1 / parallel.world())}  # all ranks must agree on the best
         row["seconds"] = round(time.time() - start, 3)
@@ -222,6 +222,7 @@ class Trainer:
             self.record.write()
             self.record.save_state(step, {name: part.state_dict() for name, part in self.learning().items()})
         parallel.wait()  # lest an error elsewhere ends rank 0 while it writes
+        return align_i, align_t
 
     def learning(self) -> dict:
         """Whatever changes from step to step; of the methods only DPG learns something of its own."""
@@ -239,6 +240,24 @@ def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Genera
     return mean + std * torch.randn(mean.shape, generator=draws).to(mean.device)
 
 
+def method_of(args: argparse.Namespace, sd: StableDiffusion) -> RPO | DreamBooth | DPG:
+    """A method says which pictures the base draws before training, what its loss needs, and the loss of a step.
+
+    It may need "label"; "r_ref" and "r_drawn"; "base_loss_ref" and "base_loss_drawn"; "t"; "x_0_hat" and "x_0", the
+    photos'; with these, "dino". Its loss is a NamedTuple, of which the loop wants `total` and `similarity`, and the
+    history takes all.
+    """
+    if args.method == "rpo":
+        return RPO(args.beta, args.preference_weight)
+    if args.method == "dreambooth":
+        return DreamBooth(args.prior_weight)
+    channels = sd.unet.config.in_channels
+    dpg = DPG(channels, args.dpg_reward, prior_weight=args.prior_weight, seed=args.seed, device=sd.device)
+    _, weight = parallel.weighted_part(args.batch)  # the critic learns within the loss, from all pairs as θ does
+    dpg.optimizer.register_step_pre_hook(lambda *_: parallel.average(dpg.critic.parameters(), weight))
+    return dpg
+
+
 def run(args: argparse.Namespace) -> int:
     device = cli.device(args.device)
     args.precision = engine.precision(args.precision, device)
@@ -247,11 +266,17 @@ def run(args: argparse.Namespace) -> int:
     args.align = args.align or home_of(args.base) / "reward"
     if not args.align.is_dir():
         raise CheckpointError(f"{args.align} is missing, which should hold ALIGN: name its folder with --align")
-    dino = home_of(args.base) / "metrics" / "dino" if (args.method, args.dpg_reward) == ("dpg", "dino") else None
-    if dino and not dino.is_dir():
-        raise CheckpointError(f"{dino} is missing, which should hold DINO: put it there, or take another --dpg-reward")
-    check_place(args.ckpt, args.resume, subject.folder)
+    needs_dino = (args.method, args.dpg_reward) == ("dpg", "dino")
+    dino_folder = home_of(args.base) / "metrics" / "dino"
+    if needs_dino and not dino_folder.is_dir():
+        raise CheckpointError(f"{dino_folder} is missing, which should hold DINO: put it there, or take another reward")
+    with alone(args.ckpt):
+        check_place(args.ckpt, args.resume, subject.folder)
+        return fine_tune(args, subject, device, dino_folder if needs_dino else None)
 
+
+def fine_tune(args: argparse.Namespace, subject: Subject, device: torch.device, dino_folder: Path | None) -> int:
+    """Load, say what was loaded, train; what was kept of a run that breaks off is told."""
     prompts = "prompts of living subjects" if subject.live else "prompts of things"
     prompts += " (a person or an animal? --live)" if args.live is None and not subject.live else ""
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
@@ -260,9 +285,10 @@ def run(args: argparse.Namespace) -> int:
     sd = StableDiffusion.from_pretrained(args.base, device, args.variant, args.prediction_type)
     sd.precision, sd.image_size = PRECISIONS[args.precision], args.resolution or sd.image_size
     align = ALIGN.from_pretrained(args.align).to(device)
-    dino = DINO.from_pretrained(dino).to(device) if dino else None
+    dino = DINO.from_pretrained(dino_folder).to(device) if dino_folder else None
     parameters = sum(p.numel() for p in sd.unet.parameters())
-    print(f"base {cli.base_name(args.base)} on {device}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
+    why = ", since torch sees no GPU" if args.device is None and device.type == "cpu" and parameters > 1e8 else ""
+    print(f"base {cli.base_name(args.base)} on {device}{why}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
     cli.warn_of_cuts(sd.tokenizer, [subject.instance_prompt, *subject.training_prompts])
     if sd.image_size % sd.vae.downscale:
@@ -288,6 +314,7 @@ def run(args: argparse.Namespace) -> int:
     except BaseException as error:
         interrupted, saved = isinstance(error, KeyboardInterrupt), trainer.record.saved
         again = saved is None or isinstance(error, FloatingPointError)  # resumed, it would diverge as before
+        again |= saved == 0 and memory_is_full(error)  # the flags that may help make it another run
         hint = "start again" if again else f"--resume goes on after step {saved}"
         if interrupted or saved is not None:
             print(f"\n{'interrupted' if interrupted else 'broken off'}: {trainer.record.summary()}; {hint}")
@@ -303,6 +330,7 @@ def flags() -> cli.Parser:
     """The command line. Its defaults are the paper's; None is settled by the base's recommendation or the paper."""
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
+    settled = "(default: what the base recommends, or the paper's"
     add("--subject", type=cli.path, required=True, help="a folder with 4 to 6 photos of the subject")
     add("--noun", type=cli.text, help="what it is, such as dog (default: from the folder's name)")
     add("--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: from the noun)")
@@ -311,8 +339,8 @@ def flags() -> cli.Parser:
     add("--align", type=cli.path, help="the folder of the reward's ALIGN (default: reward/ in the base's folder)")
     add("--ckpt", type=cli.path, default=Path("best.safetensors"), help="the result (default: %(default)s)")
     add("--steps", type=cli.count, default=400, help="gradient steps (default: %(default)s, the paper's)")
-    add("--batch", type=cli.count, help="pairs a step (the paper: 1)")
-    add("--lr", type=cli.positive, help="learning rate (the paper: 5e-6)")
+    add("--batch", type=cli.count, help=f"pairs a step {settled} 1)")
+    add("--lr", type=cli.positive, help=f"learning rate {settled} 5e-6)")
     add("--lora-rank", type=cli.count, help="train adapters of this rank, some MB (default: the whole U-Net)")
     add("--patience", type=cli.count, help="stop after so many validations without a better reward (default: never)")
     add("--seed", type=cli.seed, default=0, help="fixes every draw (default: %(default)s)")
@@ -322,9 +350,9 @@ def flags() -> cli.Parser:
     add("--compile", action="store_true", help="torch.compile the U-Net: minutes before the first step")
     add = parser.add_argument_group("the method and its ablations").add_argument
     add("--method", choices=("rpo", "dreambooth", "dpg"), default="rpo", help="(default: %(default)s)")
-    add("--images-per-prompt", type=cli.count, help="negatives, and validation images, a prompt (the paper: 4)")
+    add("--images-per-prompt", type=cli.count, help=f"negatives, and validation images, a prompt {settled} 4)")
     add("--resolution", type=cli.count, help="side of all pictures, in pixels (default: the base's; the paper: 512)")
-    add("--guidance", type=cli.positive, help="classifier-free guidance when drawing (the paper: 7.5)")
+    add("--guidance", type=cli.positive, help=f"classifier-free guidance when drawing {settled} 7.5)")
     add("--solver-steps", type=cli.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
     add("--validate-every", type=cli.count, default=40, help="gradient steps (default: %(default)s, the paper's)")
     add("--lambda-val", type=cli.fraction, default=0.3, help="λ of the validation (default: %(default)s, the paper's)")
@@ -348,17 +376,7 @@ def main() -> int:
         parser.error(f"--ckpt {args.ckpt} should end in .safetensors")
     if args.patience and args.keep_last:
         parser.error("--patience waits for a better reward, and --keep-last looks at none: leave one out")
-    try:
-        return run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        return cli.fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if not memory_is_full(error):
-            raise
-        return cli.fail(f"the memory is full: {engine.remedy(args)}")
-    except KeyboardInterrupt:
-        print("\ninterrupted before the start")
-        return 130
+    return cli.guarded(lambda: run(args), lambda: engine.remedy(args), "interrupted before the start")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-CLASS_PROMPT = "a photo of a {noun}"
 GAMMA = 0.9986
 REWARDS = ("look-forward", "dino")
 
@@ -110,7 +109,7 @@ class DPG:
     Raises ValueError for a value outside these.
     """
 
-    draws, counted_by = "class images", "class_images"  # what the base draws first, and the flag that says how many
+    drawn, counted_by = "class images", "class_images"  # what the base draws first, and the flag that says how many
 
     def __init__(
         self,
@@ -135,8 +134,8 @@ class DPG:
         self.optimizer = torch.optim.AdamW(self.critic.parameters(), lr=lr, weight_decay=0.01)
 
     def drawn_prompts(self, subject, count: int) -> list[str]:
-        """What the base model draws before training, a prompt an image. Of the subject only `noun` is read."""
-        return [CLASS_PROMPT.format(noun=subject.noun)] * count
+        """What the base model draws before training, a prompt an image: `count` class images."""
+        return [subject.class_prompt] * count
 
     def loss(
         self, loss_ref: Tensor, loss_drawn: Tensor, x_0_hat: Tensor, x_0: Tensor, t: Tensor, dino: Tensor | None = None

@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-CLASS_PROMPT = "a photo of a {noun}"
-
 
 class DreamBoothLoss(NamedTuple):
     """What `dreambooth_loss` returns: scalars, all with a gradient."""
@@ -29,11 +27,11 @@ class DreamBoothLoss(NamedTuple):
 
 
 def dreambooth_loss(loss_ref: Tensor, loss_class: Tensor, prior_weight: float = 1.0) -> DreamBoothLoss:
-    """ℓ(θ; x_ref) + λ ℓ(θ; x_class), averaged over the batch.
+    """ℓ(θ; x_ref) + w ℓ(θ; x_class), averaged over the batch.
 
     loss_ref: (n,) denoising losses of photos, instance prompt. loss_class: (n,) of class images, class prompt; whether
     the two share ε and t changes the variance of the gradient, not its expectation (the paper draws them apart).
-    prior_weight: λ >= 0; 1 in the paper, 0 leaves the similarity alone.
+    prior_weight: w >= 0; 1 in the paper, 0 leaves the similarity alone.
     Raises ValueError if the shapes differ or the weight is negative or not finite.
     """
     if loss_ref.shape != loss_class.shape or loss_ref.ndim != 1 or len(loss_ref) == 0:
@@ -50,15 +48,15 @@ def dreambooth_loss(loss_ref: Tensor, loss_class: Tensor, prior_weight: float = 
 class DreamBooth:
     """The method as the training loop sees it: which images it wants drawn, and the loss of a step."""
 
-    draws, counted_by = "class images", "class_images"  # what the base draws first, and the flag that says how many
+    drawn, counted_by = "class images", "class_images"  # what the base draws first, and the flag that says how many
     needs = ()  # beside the two denoising losses
 
     def __init__(self, prior_weight: float = 1.0):
         self.prior_weight = prior_weight
 
     def drawn_prompts(self, subject, count: int) -> list[str]:
-        """What the base model draws before training, a prompt an image. Of the subject only `noun` is read."""
-        return [CLASS_PROMPT.format(noun=subject.noun)] * count
+        """What the base model draws before training, a prompt an image: `count` class images."""
+        return [subject.class_prompt] * count
 
     def loss(self, loss_ref: Tensor, loss_drawn: Tensor) -> DreamBoothLoss:
         """loss_ref, loss_drawn: (n,) ℓ of photos and of class images."""

@@ -20,6 +20,7 @@ import torch
 import cli
 import engine
 from model.stable_diffusion import StableDiffusion
+from model.weights import write_whole
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 TITLE = "# Results of the benchmarks\n\nWritten by the commands named, with --write; a section a command and machine.\n"
@@ -130,7 +131,7 @@ def libraries():
     return diffusers, transformers
 
 
-def pipeline(base: Path, device: torch.device, scheduler: str = "DPMSolverMultistepScheduler", **options):
+def pipeline(base: Path, device: torch.device, scheduler: str = "DPMSolverMultistepScheduler"):
     """diffusers' StableDiffusionPipeline of a base folder, in fp32 and frozen, as ours is loaded."""
     diffusers, transformers = libraries()
     parts = {
@@ -141,7 +142,7 @@ def pipeline(base: Path, device: torch.device, scheduler: str = "DPMSolverMultis
     for network in parts.values():
         network.requires_grad_(False).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(base / "tokenizer")
-    steps = getattr(diffusers, scheduler).from_pretrained(base / "scheduler", **options)
+    steps = getattr(diffusers, scheduler).from_pretrained(base / "scheduler")
     pipe = diffusers.StableDiffusionPipeline(
         **parts,
         tokenizer=tokenizer,
@@ -252,7 +253,7 @@ class Report:
         heading = self.heading.removeprefix("## ")
         kept = [section for section in sections if section.splitlines()[0] != heading]
         parts = [first.rstrip() + "\n", *(section.strip() + "\n" for section in (*kept, ours))]
-        cli.write_whole(path, lambda beside: beside.write_text("\n## ".join(parts), encoding="utf-8"))
+        write_whole(path, lambda beside: beside.write_text("\n## ".join(parts), encoding="utf-8"))
 
 
 def finish(measured: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> int:
@@ -263,7 +264,7 @@ def finish(measured: Callable[[argparse.Namespace], Report], args: argparse.Name
         report = measured(args)
         if args.write:
             report.write()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         return cli.fail(error)
     except KeyboardInterrupt:
         return 130

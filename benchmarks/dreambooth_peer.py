@@ -28,7 +28,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import cli
-from baselines.dreambooth import CLASS_PROMPT
 from benchmarks import common, phases
 from metrics import Metrics
 from model.stable_diffusion import StableDiffusion
@@ -38,14 +37,14 @@ from subject import Subject, load_photos, load_subject
 NAMES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
 
 
-def class_images(pipe, noun: str, count: int, settings: dict, seed: int) -> list[Image.Image]:
-    """`a photo of a dog`, `count` times, eight at a time as ours."""
+def class_images(pipe, prompt: str, count: int, settings: dict, seed: int) -> list[Image.Image]:
+    """Pictures of the class's prompt, eight at a time as ours."""
     draws, images = torch.Generator().manual_seed(seed), []
     options = {"num_inference_steps": int(settings["solver_steps"]), "guidance_scale": settings["guidance"]}
     while len(images) < count:
         n = min(8, count - len(images))
         with common.autocast(pipe.device):
-            images += pipe([CLASS_PROMPT.format(noun=noun)] * n, generator=draws, **options).images
+            images += pipe([prompt] * n, generator=draws, **options).images
     return images
 
 
@@ -62,11 +61,11 @@ def recipe(
     noise = DDPMScheduler.from_pretrained(base / "scheduler")
     unet, n = pipe.unet, settings["batch"]
     loaded = time.perf_counter()
-    drawn = class_images(pipe, subject.noun, settings["class_images"], settings, seed)
+    drawn = class_images(pipe, subject.class_prompt, settings["class_images"], settings, seed)
     prepared = time.perf_counter()
 
     photos = load_photos(subject, unet.config.sample_size * pipe.vae_scale_factor)
-    prompts = [subject.instance_prompt] * n + [CLASS_PROMPT.format(noun=subject.noun)] * n
+    prompts = [subject.instance_prompt] * n + [subject.class_prompt] * n
     unet.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=settings["lr"], weight_decay=0.01)
     for _ in range(steps):

@@ -98,7 +98,7 @@ def whole(
         counts = {"negatives": len(trainer.drawn_context), "training": phases.calls["training"]}
         counts |= {"validation": images * phases.calls["validation"]}
         seconds = {name: phases.seconds[name] for name in PHASES}
-        settings = {name: getattr(args, name) for name in cli.PAPER}
+        settings = {name: getattr(args, name) for name in cli.DEFAULTS}
         result = {"seconds": seconds, "counts": counts, "peak": peak, "peak_of": what, "settings": settings}
         with engine.visiting(trainer.away, trainer.sd.device):
             each = work(trainer)

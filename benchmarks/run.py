@@ -87,7 +87,7 @@ def drawing_rows(pair: Pair, pictures: int, steps: int, size: int, repeats: int)
     prompts = [prompts[i % len(prompts)] for i in range(pictures)]
     shape = (pictures, pair.ours.unet.config.in_channels, size // pair.ours.vae.downscale)
     latents = torch.randn(*shape, shape[-1], generator=torch.Generator().manual_seed(0)).to(pair.device)
-    guidance = recommended(pair.base)[0].get("guidance", 7.5)
+    guidance = recommended(pair.base)[0].get("guidance", cli.DEFAULTS["guidance"])
 
     def ours():
         seeds = list(range(pictures))

@@ -82,12 +82,8 @@ class CLIPPictures:
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
-        for name, keys in (("size", {"shortest_edge"}), ("crop_size", {"height", "width"})):
-            value = getattr(self, name)
-            numbers = {value} if isinstance(value, int) else set(value.values())
-            if len(numbers) != 1 or not (isinstance(value, int) or value.keys() == keys):
-                raise weights.CheckpointError(f"{name} {value} is not CLIP's")
-            object.__setattr__(self, name, numbers.pop())
+        for name, keys in (("size", ["shortest_edge"]), ("crop_size", ["height", "width"])):
+            object.__setattr__(self, name, weights.one_size(name, getattr(self, name), *keys))
 
 
 class Attention(nn.Module):
@@ -116,6 +112,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, n, width) -> the same."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -129,6 +126,7 @@ class Layer(nn.Module):
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
+        """(batch, n, width) -> the same; `causal`: as for Attention."""
         x = x + self.self_attn(self.layer_norm1(x), causal)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -251,10 +249,11 @@ class CLIP(nn.Module):
         folder = Path(folder)
         path = folder / "config.json"
         values = weights.read_json(path)
-        with weights.told(f"{path} should hold a configuration of each tower"):
+        with weights.blaming(f"{path} should hold a configuration of each tower"):
             for tower in ("text_config", "vision_config"):  # files of 2022 say it again, or only, under *_dict
                 values[tower] = {**(values.get(tower) or {}), **(values.get(f"{tower}_dict") or {})}
-        config, pictures = weights.config_from(CLIPConfig, values, path), None
+        config = weights.config_from(CLIPConfig, values, path)
+        pictures = None
         path = folder / "preprocessor_config.json"
         if path.is_file():
             values = weights.read_json(path)

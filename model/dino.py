@@ -49,10 +49,7 @@ class DINOPictures:
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
-        numbers = {self.size} if isinstance(self.size, int) else set(self.size.values())
-        if len(numbers) != 1 or not (isinstance(self.size, int) or self.size.keys() == {"height", "width"}):
-            raise weights.CheckpointError(f"size {self.size} is not DINO's")
-        object.__setattr__(self, "size", numbers.pop())
+        object.__setattr__(self, "size", weights.one_size("size", self.size, "height", "width"))
 
 
 class Embeddings(nn.Module):
@@ -110,6 +107,7 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, n, width) -> the same."""
         for layer in self.layer:
             x = layer(x)
         return x
@@ -139,7 +137,8 @@ class DINO(nn.Module):
         Raises CheckpointError if the folder's files are missing or do not fit."""
         folder = Path(folder)
         path = folder / "config.json"
-        config, pictures = weights.config_from(DINOConfig, weights.read_json(path), path), None
+        config = weights.config_from(DINOConfig, weights.read_json(path), path)
+        pictures = None
         path = folder / "preprocessor_config.json"
         if path.is_file():
             values = weights.read_json(path)

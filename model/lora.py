@@ -50,6 +50,7 @@ class AdaptedLinear(nn.Linear):
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         y = super().forward(x)
         return torch.add(y, self.lora(x), alpha=self.lora.scale) if self.on else y
 
@@ -167,10 +168,10 @@ def lora_tensors(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_header(unet: nn.Module) -> dict[str, str]:
-    """What kohya's tools note in a LoRA's header, so that others know what it is and for which base."""
-    ranks, alphas = ({str(getattr(each, name)) for each in lora_of(unet).values()} for name in ("rank", "alpha"))
-    dim, alpha = (values.pop() if len(values) == 1 else "Dynamic" for values in (ranks, alphas))
-    header = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha}
+    """What kohya's tools note in the header of a LoRA of `add_lora`: what it is and for which base."""
+    first = next(iter(lora_of(unet).values()))  # of all adapters alike
+    header = {"format": "pt", "ss_network_module": "networks.lora"}
+    header |= {"ss_network_dim": str(first.rank), "ss_network_alpha": str(first.alpha)}
     if version := {768: "1", 1024: "2"}.get(unet.config.cross_attention_dim):  # A1111 knows SD 2 by ss_v2
         header |= {"ss_base_model_version": f"sd_v{version}", "ss_v2": str(version == "2")}
     return header

@@ -88,7 +88,7 @@ def write_single_file(
     """Write `parts`, as `read_single_file` returns them, to a CompVis-layout safetensors file, in `dtype`.
 
     The header holds `metadata`, the config values, and for other tools `modelspec.prediction_type` (Stability AI's
-    ModelSpec). Raises CheckpointError if a part's tensors are not those of its config.
+    ModelSpec). Raises CheckpointError if a part's tensors are not those of its config, and as `save_tensors` does.
     """
     tensors = {}
     for part in PREFIXES:

@@ -7,6 +7,7 @@ Latents here are always scaled, scaling_factor * z, which is what is diffused (a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -109,7 +110,7 @@ class StableDiffusion:
     def export(self, path: Path, metadata: dict[str, str]) -> None:
         """Write all networks into one file in the layout that ComfyUI and others read, in half precision.
 
-        A LoRA is merged into the U-Net first.
+        A LoRA is merged into the U-Net first. Raises ValueError if the file cannot be written.
         """
         merge(self.unet)
         networks = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
@@ -155,22 +156,26 @@ class StableDiffusion:
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(B, 77, width): the text encoder's last hidden state, computed once for a prompt and kept.
 
-        What exceeds 77 tokens is cut off. Raises ValueError if the text encoder's output is not finite.
+        What exceeds 77 tokens is cut off. Raises FloatingPointError if the text encoder's output is not finite.
         """
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
             contexts = self.text_encoder(self.tokenizer(new).to(self.device))
             self._contexts.update(zip(new, finite(contexts, "the output of the text encoder"), strict=True))
         return torch.stack([self._contexts[prompt] for prompt in prompts])
 
+    def _vae_batch(self, pixels: int) -> int:
+        """How many pictures of so many pixels the VAE takes at a time: of 512 x 512 one needs 0.7 to 1 GB in fp32."""
+        return 1 if self.device.type == "cuda" else max(1, 8 * 128**2 // pixels)
+
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents' posterior, each (B, 4, H/8, W/8), of RGB pictures of one size.
 
-        Draw latents with mean + std * noise. They are the VAE's own times its scaling factor. One picture at a time on
-        a GPU: at 512 px each takes 0.7 GB, in fp32. Raises ValueError if they are not finite.
+        Draw latents with mean + std * noise. They are the VAE's own times its scaling factor.
+        Raises FloatingPointError if they are not finite.
         """
         means, stds, scale = [], [], self.vae.config.scaling_factor
-        batch_size = 1 if self.device.type == "cuda" else 8
+        batch_size = self._vae_batch(math.prod(images[0].size))
         for start in range(0, len(images), batch_size):
             mean, logvar = self.vae.encode(to_pixels(images[start : start + batch_size]).to(self.device))
             means.append(scale * mean)
@@ -183,10 +188,9 @@ class StableDiffusion:
         """Scaled latents (B, 4, h, w) to RGB pictures of 8h x 8w.
 
         In fp32 even if `precision` is fp16: the decoder's maps may exceed fp16's 65504. bf16 reaches as far as fp32.
-        One at a time on a GPU: at 512 px each takes 0.7 GB in bf16.
-        Raises ValueError if finite latents become pixels that are not.
+        Raises FloatingPointError if finite latents become pixels that are not.
         """
-        parts = latents.float().split(1 if self.device.type == "cuda" else max(len(latents), 1))
+        parts = latents.float().split(self._vae_batch(math.prod(latents.shape[2:]) * self.vae.downscale**2))
         with nullcontext() if self.precision == torch.float16 else self.autocast():
             pixels = torch.cat([self.vae.decode(part / self.vae.config.scaling_factor).float() for part in parts])
         if latents.isfinite().all():  # else whoever made them is to blame
@@ -194,13 +198,13 @@ class StableDiffusion:
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
-    def predict(self, latents: Tensor, t: Tensor, context: Tensor, empty: Tensor | None, guidance: float) -> Tensor:
+    def predict(self, latents: Tensor, t: Tensor, context: Tensor, empty: Tensor, guidance: float) -> Tensor:
         """The U-Net's prediction with classifier-free guidance (arXiv 2207.12598): e_u + guidance * (e_c - e_u).
 
         latents (B, 4, h, w); t () or (B,); context (B, 77, width); empty: the empty prompt's, shaped as context.
-        At guidance 1, or with empty None, the unconditional half is not computed.
+        At guidance 1 the unconditional half is not computed.
         """
-        if guidance == 1 or empty is None:
+        if guidance == 1:
             return self.unet(latents, t, context)
         both = self.unet(torch.cat([latents, latents]), t.repeat(2) if t.ndim else t, torch.cat([empty, context]))
         unconditional, conditional = both.chunk(2)
@@ -224,7 +228,8 @@ class StableDiffusion:
         Every picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, whatever the batch
         size (default: `drawing_batch`) and the device. `latents` (B, 4, h, w): the initial noise instead. `on_batch` is
         called with the number of pictures just finished.
-        Raises ValueError for an unknown sampler, a bad size or numbers that do not match, or if weights are not finite.
+        Raises ValueError for an unknown sampler, a bad size or numbers that do not match, and FloatingPointError if
+        weights are not finite.
         """
         size = self.image_size if size is None else size
         if size < 1 or size % self.vae.downscale:
@@ -235,12 +240,13 @@ class StableDiffusion:
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(f"latents should be {(len(prompts), *shape)}, not {tuple(latents.shape)}")
         pictures, batch_size = [], batch_size or self.drawing_batch(size)
-        *contexts, empty = self.encode_prompts([*prompts, ""])
+        encoded = self.encode_prompts([*prompts, ""])
+        contexts, empty = encoded[:-1], encoded[-1]
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
             noise = randn(shape, generators, self.device) if latents is None else latents[part].to(self.device)
-            context = torch.stack(contexts[part])
+            context = contexts[part]
             nothing = empty.expand_as(context)
 
             def denoise(x: Tensor, t: Tensor, context=context, nothing=nothing) -> Tensor:
@@ -295,9 +301,9 @@ def check_layout(base: Path) -> None:
 
 
 def finite(x: Tensor, what: str, more: str = "") -> Tensor:
-    """x itself. Raises ValueError, saying `what` it is, if a number in it is not finite: it would draw one colour."""
+    """x itself. Raises FloatingPointError, saying `what` it is, if a number in it is none: it would draw one colour."""
     if not x.isfinite().all():
-        raise ValueError(f"{what} is not finite: its weights are damaged{more}")
+        raise FloatingPointError(f"{what} is not finite: its weights are damaged{more}")
     return x
 
 

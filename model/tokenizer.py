@@ -48,10 +48,8 @@ class _Tokenizer:
 
     def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask (1 for a token, 0 for padding), both int64 (batch, length)."""
-        if isinstance(texts, str):
-            raise TypeError(
-                f"expected a list of texts, not the one text {texts!r}"
-            )  # it would be read letter by letter
+        if isinstance(texts, str):  # it would be read letter by letter
+            raise TypeError(f"expected a list of texts, not the one text {texts!r}")
         ids = torch.full((len(texts), self.length), self.pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, text in enumerate(texts):

@@ -172,7 +172,10 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(width)] if downsample else [])
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """x (B, C_in, H, W), t (B, 4·C_0), context (B, T, D) -> (B, C, H/2, W/2), and every layer's output to keep."""
+        """x (B, C_in, H, W), t (B, 4·C_0), context (B, T, D) -> (B, C, H/2, W/2), and every layer's output to keep.
+
+        H/2 and W/2 are rounded up; the last level does not halve.
+        """
         kept = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, t)
@@ -192,6 +195,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Transformer(config, width, heads)])
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B, 4·C_0), context (B, T, D) -> (B, C, H, W)."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x, t), context), t)
 
 
@@ -205,7 +209,9 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(width)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], t: Tensor, context: Tensor, size: torch.Size | None) -> Tensor:
-        """x (B, C_in, H, W), skips (B, C_i, H, W), the last kept first -> (B, C, *size)."""
+        """x (B, C_in, H, W); skips: one (B, C_i, H, W) a resnet, taken from the last; t (B, 4·C_0);
+        context (B, T, D); size: (height, width) of the map above, None at the top -> (B, C, *size), or (B, C, H, W).
+        """
         for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
             x = resnet(torch.cat([x, skip], dim=1), t)
             if self.attentions:
@@ -297,6 +303,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> the same."""
         return self.net[2](self.net[0](x))
 
 
@@ -306,6 +313,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, hidden)."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -333,6 +341,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2), rounded up."""
         return self.conv(x)
 
 
@@ -342,5 +351,5 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        """To the size of the skip connection, which is odd where halving rounded up."""
+        """(B, C, H, W) -> (B, C, *size): the skip connection's, which is odd where halving rounded up."""
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model import weights
 
-EPS = 1e-6  # of every GroupNorm here; the U-Net's are 1e-5
+EPS = 1e-6  # of every GroupNorm here; the U-Net's resnets have 1e-5
 
 # What other VAEs (Flux's, SD 3's) set otherwise. SD's have these values, leave them out, or say null.
 FIXED = {
@@ -160,6 +160,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
@@ -204,6 +205,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2), rounded down."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only: symmetric padding shifts the picture
 
 
@@ -213,6 +215,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

@@ -1,11 +1,11 @@
-"""Read a public checkpoint, strictly: config.json into a dataclass, safetensors into a module.
+"""Read a public checkpoint, strictly: config.json into a dataclass, safetensors into a module. Write files whole.
 
 Modules are named after the public files' keys, so loading is a copy. A key that is missing, left over or of another
 shape is an error that names it: a network with a hole in it draws mush and tells nobody.
 
 Files are mapped, not copied: a network of the file's own precision takes the file's size in memory, and is not read
-from the disk before it is used. It outlives the file's deletion and its replacement by renaming, as `save_tensors`
-does it; what is written into its tensors never reaches the file.
+from the disk before it is used. On POSIX systems it outlives the file's deletion and its replacement by renaming, as
+`write_whole` does it; what is written into its tensors never reaches the file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from torch.overrides import TorchFunctionMode
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
-Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Tensors = dict[str, Tensor]
+Rename = Callable[[Tensors], Tensors]
 
 # Of diffusers, of transformers, and theirs of old: align-base and dino-vits16 are published as .bin.
 WEIGHT_FILES = ["diffusion_pytorch_model.safetensors", "model.safetensors"]
@@ -74,8 +75,8 @@ def memory_is_full(error: BaseException) -> bool:
 
 
 @contextmanager
-def told(what: str):
-    """Whatever the libraries raise over a broken file or an impossible number becomes a CheckpointError."""
+def blaming(what: str):
+    """Whatever the libraries raise over a broken file or a bad number becomes a CheckpointError that blames `what`."""
     try:
         yield
     except CheckpointError:
@@ -118,7 +119,7 @@ def config_from(cls: type[Config], values: dict, source: Path | None = None) -> 
             known[name] = config_from(hints[name], value)
         elif not _fits(value, hints[name]):
             raise CheckpointError(f"{cls.__name__}: {name} is {value!r} and should be {fields[name].type}")
-    with told(f"{cls.__name__} has values that do not go together"):
+    with blaming(f"{cls.__name__} has values that do not go together"):
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
@@ -131,6 +132,16 @@ def _fits(value: object, hint: object) -> bool:
     if isinstance(value, bool) and hint is not bool:
         return False
     return isinstance(value, (int, float) if hint is float else hint)
+
+
+def one_size(name: str, value: int | dict, *keys: str) -> int:
+    """A size in preprocessor_config.json: a number, alone or under just these keys. Else raises CheckpointError."""
+    if isinstance(value, int):
+        return value
+    size = value.get(keys[0])
+    if not isinstance(size, int) or value != dict.fromkeys(keys, size):
+        raise CheckpointError(f"{name} {value} should be one number, or hold it as {' and '.join(keys)}")
+    return size
 
 
 def check_heads(width: int, heads: int) -> None:
@@ -157,7 +168,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
     With no `variant` the plain file, or, if there is none of that kind, the only variant. Raises CheckpointError if
     there is none, if there are several and none was asked for, or if the one asked for is not there: it says what is.
     """
-    with told(f"{folder} is no checkpoint folder"):
+    with blaming(f"{folder} is no checkpoint folder"):
         names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
     found: dict[str, dict[str | None, Path]] = {"safetensors": {}, "bin": {}}  # by kind and variant
     for index in (False, True):
@@ -175,7 +186,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
     raise CheckpointError(f"{folder} holds {wanted}, only {_some(names, most=6) or 'no file at all'}")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> Tensors:
     """Every tensor, on the CPU, of a safetensors file, of a .bin file, or of all the shards that an index.json names.
 
     A .bin file's pickle may hold tensors and no code. Raises CheckpointError for a broken file.
@@ -189,16 +200,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path) -> Tensors:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{index} should hold a weight_map that says in which file each tensor is")
-    tensors: dict[str, Tensor] = {}
+    tensors: Tensors = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name or "\\" in name or not name.endswith((".safetensors", ".bin")):
             raise CheckpointError(f"{index} names {name!r}, which is no weight file in its own folder")
         shard = index.with_name(name)
-        with told(f"{index} names {name!r}"):  # such as a name too long to be one
+        with blaming(f"{index} names {name!r}"):  # such as a name too long to be one
             if not shard.is_file():
                 raise CheckpointError(f"{index} names {name}, which is missing")
         read = read_tensors(shard)
@@ -210,7 +221,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_bin(path: Path) -> dict[str, Tensor]:
+def _read_bin(path: Path) -> Tensors:
     _require_file(path)
     try:
         with open(path, "rb") as file:
@@ -241,14 +252,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 @contextmanager
 def _opened(path: Path):
     _require_file(Path(path))
-    with told(f"{path} is not a whole safetensors file"), safe_open(path, framework="pt") as file:
+    with blaming(f"{path} is not a whole safetensors file"), safe_open(path, framework="pt") as file:
         yield file
 
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, or is no file")
-    with told(f"{path} cannot be read"), open(path, "rb") as file:
+    with blaming(f"{path} cannot be read"), open(path, "rb") as file:
         if file.read(23) == b"version https://git-lfs":
             raise CheckpointError(f"{path} is not a whole weight file but Git LFS's note of one: run `git lfs pull`")
 
@@ -260,11 +271,7 @@ def what_is(keys: Iterable[str]) -> str | None:
 
 
 def load_tensors(
-    network: nn.Module,
-    tensors: dict[str, Tensor],
-    source: Path | str,
-    dtype=torch.float32,
-    rename: Rename | None = None,
+    network: nn.Module, tensors: Tensors, source: Path | str, dtype=torch.float32, rename: Rename | None = None
 ) -> None:
     """Put `tensors` into `network`, which may live on the meta device; floating-point tensors are cast to `dtype`.
 
@@ -273,31 +280,23 @@ def load_tensors(
     as whole numbers for a weight. The `position_ids` that old files carry are a constant, not a weight, and are passed
     over.
     """
-    expected, problems, kind = network.state_dict(), [], what_is(tensors)
+    expected, kind = network.state_dict(), what_is(tensors)
     tensors = rename(tensors) if rename else tensors
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
-    if missing := sorted(expected.keys() - tensors.keys()):
-        problems.append(f"lacks {_some(missing)}")
-    if extra := sorted(tensors.keys() - expected.keys()):
-        problems.append(f"has unexpected {_some(extra)}")
     both = [(name, tensors[name], expected[name]) for name in sorted(expected.keys() & tensors.keys())]
-    if shapes := [
-        f"{name} is {tuple(given.shape)} and should be {tuple(wanted.shape)}"
-        for name, given, wanted in both
-        if given.shape != wanted.shape
-    ]:
-        problems.append(f"has other shapes: {_some(shapes)}")
-    if kinds := [
-        f"{name} is {given.dtype} and should be like {wanted.dtype}"
-        for name, given, wanted in both
-        if given.is_floating_point() != wanted.is_floating_point()
-    ]:
-        problems.append(f"has other kinds of numbers: {_some(kinds)}")
-    if problems:
+    shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
+    kinds = [(name, a.dtype, b.dtype) for name, a, b in both if a.is_floating_point() != b.is_floating_point()]
+    found = {
+        "lacks": sorted(expected.keys() - tensors.keys()),
+        "has unexpected": sorted(tensors.keys() - expected.keys()),
+        "has other shapes:": [f"{name} is {given} and should be {ours}" for name, given, ours in shapes],
+        "has other kinds of numbers:": [f"{name} is {given} and should be like {ours}" for name, given, ours in kinds],
+    }
+    if problems := [f"{what} {_some(names)}" for what, names in found.items() if names]:
         if kind and kind != what_is(expected):
             problems.insert(0, f"is {kind}")
         raise CheckpointError(f"{source} does not fit {type(network).__name__}: it {'; it '.join(problems)}")
-    with told(f"{source} does not fit {type(network).__name__}"):  # such as a type that cannot be cast
+    with blaming(f"{source} does not fit {type(network).__name__}"):  # such as a type that cannot be cast
         # Whole numbers are few: copied, they do not keep a file in memory whose every other tensor has been cast.
         cast = {name: each.to(dtype) if each.is_floating_point() else each.clone() for name, each in tensors.items()}
         network.load_state_dict(cast, strict=True, assign=True)
@@ -331,7 +330,7 @@ class _Unfilled(TorchFunctionMode):
 def build(
     network_class: Callable[[object], Network],
     config: object,
-    tensors: dict[str, Tensor],
+    tensors: Tensors,
     source: Path | str,
     dtype=torch.float32,
     rename: Rename | None = None,
@@ -341,28 +340,41 @@ def build(
     Raises CheckpointError as `load_tensors` does, or if no network has that config.
     """
     # On the meta device: no second copy in memory.
-    with told(f"the configuration of {source} describes no possible network"), torch.device("meta"), _Unfilled():
+    with blaming(f"the configuration of {source} describes no possible network"), torch.device("meta"), _Unfilled():
         network = network_class(config)
     load_tensors(network, tensors, source, dtype, rename)
     return network.eval().requires_grad_(False)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file beside `path` and rename it, so that a kill at any moment leaves the old file whole.
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a name beside `path`, then rename: a kill leaves the old file or the new one, whole.
 
-    The same tensors and metadata give the same bytes.
+    Makes the folder if need be. Raises ValueError if the file cannot be written; a full memory's error stays as it is.
     """
-    path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        if memory_is_full(error):
+            raise
+        raise ValueError(f"{path} cannot be written ({error})") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file as `write_whole` does. The same tensors and metadata give the same bytes."""
+
+    def write(beside: Path) -> None:
         beside.touch()
         mode = beside.stat().st_mode  # as any new file's; safetensors would shut out everybody but the owner
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
         beside.chmod(mode)
         _sort_metadata(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+
+    write_whole(Path(path), write)
 
 
 def _sort_metadata(path: Path) -> None:

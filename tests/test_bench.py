@@ -2,15 +2,21 @@
 
 import argparse
 import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from tiny import call, write_base, write_metrics
+from tiny import call, error_line, write_base, write_metrics
 
 import train
 from toy import bench as module
 from toy.bench import CHOICES, GROUPS, LOGGED, METHODS, SCORES, SELECTED, VALIDATED, Bench, Watched, reserved
+
+DOCS = Path(__file__).parent.parent / "docs" / "bench"
 
 
 @pytest.fixture
@@ -33,6 +39,27 @@ def test_results_of_other_weights_steps_or_images_do_not_count(bench, tmp_path):
     assert [row["DINO"] for row in Bench(tmp_path, steps=400, images=4).rows()] == [0.5]
 
 
+def test_a_torn_line_does_not_count_and_stays_alone(bench):
+    note(bench, "RPO", "dog-2", 0, 0.5)
+    with bench.path.open("ab") as file:
+        file.write('{"variant": "β'.encode()[:-1])  # killed within a letter
+    assert [row["variant"] for row in bench.rows()] == ["RPO"]
+    bench.tables()
+    note(bench, "DreamBooth", "dog-2", 0, 0.5)
+    assert [row["variant"] for row in bench.rows()] == ["RPO", "DreamBooth"]
+    assert bench.path.read_bytes().count(b"\n") == 3
+
+
+def test_the_tables_in_docs_are_those_of_the_results_there(bench):
+    tables = (DOCS / "tables.md").read_text(encoding="utf-8")
+    head = r"Base weights (\w+), (\d+) steps, (\d+) images a prompt, (\w+)\."
+    weights, steps, images, precision = re.match(head, tables).groups()
+    bench.made_with = {"weights": weights, "steps": int(steps), "images": int(images), "precision": precision}
+    shutil.copyfile(DOCS / "results.jsonl", bench.path)
+    bench.tables()
+    assert (bench.out / "tables.md").read_text(encoding="utf-8") == tables
+
+
 def test_a_table_compares_run_by_run(bench):
     for seed, (rpo, other) in enumerate([(0.5, 0.6), (0.7, 0.9), (0.1, 0.5)]):
         note(bench, "RPO", "dog-2", seed, rpo)
@@ -50,8 +77,21 @@ def test_no_table_of_one_variant_or_of_no_common_run(bench):
     note(bench, "RPO", "dog-2", 0, 0.5)
     assert not list(bench.table("Methods", [("RPO", ""), ("DreamBooth", "")]))
     note(bench, "DreamBooth", "dog-2", 1, 0.5)
-    assert not list(bench.table("Methods", [("RPO", ""), ("DreamBooth", "")]))
+    line = "**Methods**: no subject and seed has a run of each of these.\n"
+    assert list(bench.table("Methods", [("RPO", ""), ("DreamBooth", "")])) == [line]
+
+
+@pytest.mark.parametrize("title, group", [("The label's coin", "coin"), ("β and τ", "beta_tau")])
+def test_a_table_without_what_it_compares_with_says_so(bench, title, group):
+    """And does not compare with the next one instead."""
+    note(bench, "base", "dog-2", 0, 0.5)
+    for variant in GROUPS[group]:
+        for choice in ("", *SELECTED.get(variant, {})):
+            note(bench, variant, "dog-2", 0, 0.5, choice)
     bench.tables()
+    tables = (bench.out / "tables.md").read_text(encoding="utf-8")
+    titles = [line for line in tables.splitlines() if line.startswith("**")]
+    assert titles == [f"**{title}**: run `--only rpo` too, with which these are compared."]
 
 
 def test_one_run_has_no_spread(bench):
@@ -137,6 +177,25 @@ def test_the_command_draws_the_figures_of_all_its_runs(monkeypatch, tmp_path, ca
     assert capsys.readouterr().out.startswith("Base weights")
 
 
+@pytest.mark.parametrize("flags", [("--images", 0), ("--steps", 0), ("--seeds", 0, -1), ("--out", __file__)])
+def test_what_cannot_be_run_is_refused_in_one_line(flags, monkeypatch, capsys):
+    monkeypatch.setattr(Bench, "all", lambda *_: pytest.fail("it ran"))
+    assert call(module, monkeypatch, *flags) == 2
+    assert flags[0] in error_line(capsys)
+
+
+def test_the_bases_pictures_are_shared_within_a_seed_and_a_place(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Watched, "shared", {})
+    monkeypatch.setattr(train.Trainer, "draw", lambda self, _, place, __: drawn.append((self.args.seed, place)))
+    for seed, place in ((0, train.NEGATIVES), (0, train.VALIDATION), (1, train.NEGATIVES), (0, train.NEGATIVES)):
+        trainer = object.__new__(Watched)
+        trainer.args, trainer.spared = SimpleNamespace(seed=seed), 0.0
+        trainer.sd, trainer.unet = SimpleNamespace(unet="θ₀"), "θ"
+        trainer.draw(["a [V] dog"], place, "drawing")
+    assert drawn == [(0, train.NEGATIVES), (0, train.VALIDATION), (1, train.NEGATIVES)]
+
+
 def test_each_choice_keeps_its_own_validation():
     trainer = object.__new__(Watched)
     pictures = {  # ALIGN-I and ALIGN-T of each
@@ -177,7 +236,6 @@ def tiny(tmp_path, monkeypatch):
     settings = {"batch": 2, "guidance": 2.0, "class_images": 4, "solver_steps": 1}
     (base / "rpo.json").write_text(json.dumps(settings), encoding="utf-8")
     monkeypatch.setattr(module, "WEIGHTS", base)
-    monkeypatch.setattr(train, "Trainer", train.Trainer)  # which the benchmark replaces
     monkeypatch.setattr(module.Watched, "shared", {})
     return Bench(tmp_path / "out", steps=2, images=1)
 
@@ -197,6 +255,7 @@ def test_every_method_is_trained_and_scored_once(tiny, monkeypatch):
     assert sorted(path.name for path in tiny.out.iterdir()) == ["photos", "results.jsonl", "rows", "tables.md"]
     tables = (tiny.out / "tables.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in tables for name in METHODS)
+    assert train.Trainer is not Watched  # whoever trains next is not watched
 
     def again(*_):
         raise AssertionError("trained twice")

@@ -1,11 +1,14 @@
 """cli.py and pictures.py: argument types, settings, the device, files written whole, the pages."""
 
 import argparse
+import io
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import cli
+from model.weights import write_whole
 from pictures import GAP, KEPT, PAPER, film_strip, grid
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -22,7 +26,7 @@ from pictures import GAP, KEPT, PAPER, film_strip, grid
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (cli.count, {"1": 1, "400": 400, " 7 ": 7}, ["0", "-3", "1.5", "1e3", "", "x", "nan", "9" * 5000]),
+        (cli.count, {"1": 1, "400": 400, " 7 ": 7}, ["0", "-3", "1.5", "1e3", "", "x", "nan", str(2**31), "9" * 5000]),
         (cli.seed, {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63), "0.5", ""]),
         (cli.positive, {"1e-4": 1e-4, "7.5": 7.5, "3": 3.0}, ["0", "-1", "nan", "inf", "-inf", "", "fast"]),
         (cli.fraction, {"0": 0, "0.3": 0.3, "1": 1}, ["-0.1", "1.5", "nan", "inf", "", "x"]),
@@ -40,6 +44,8 @@ def test_an_empty_path_is_no_path():
     assert cli.path("a/b") == Path("a/b") and cli.path(".") == Path(".")
     with pytest.raises(argparse.ArgumentTypeError, match="empty"):
         cli.path("")
+    with pytest.raises(argparse.ArgumentTypeError, match="not UTF-8"):  # no header, PNG or JSON can name it
+        cli.path(os.fsdecode(b"caf\xe9"))
 
 
 def test_text_is_utf_8():
@@ -122,6 +128,27 @@ def test_an_output_that_has_no_lambda_is_no_reason_to_end(tmp_path):
     assert b"Traceback" not in result.stderr
 
 
+def test_a_log_grows_line_by_line(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO()))  # as of a pipe or a file
+    cli.Parser()
+    print("step 40")
+    assert sys.stdout.buffer.getvalue() == b"step 40\n"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["seen", "hidden"])
+def test_a_signal_to_end_is_as_ctrl_c(monkeypatch, capsys, name, hidden):
+    """So that what is half written is removed; nohup's choice, to ignore it, stands."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN if hidden else signal.SIG_DFL)
+    try:
+        status = cli.guarded(lambda: os.kill(os.getpid(), number) or time.sleep(0.01) or 0, str, "interrupted")
+    finally:
+        signal.signal(number, before)
+    assert (status, capsys.readouterr().err.strip()) == ((0, "") if hidden else (130, "interrupted"))
+
+
 def test_device_makes_its_gpu_the_current_one(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -144,7 +171,9 @@ def test_check_writable_leaves_nothing(tmp_path):
 
 def test_check_writable_refuses(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    for path in (tmp_path, tmp_path / "file" / "a", tmp_path / "file" / "a" / "b", tmp_path / ("x" * 300)):
+    (tmp_path / "link").symlink_to(tmp_path / "not" / "mounted")
+    nowhere = (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b", tmp_path / ("x" * 300), tmp_path / "link" / "a")
+    for path in (tmp_path, *nowhere):
         with pytest.raises(ValueError, match=r"folder|cannot be written"):
             cli.check_writable(path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 2**20))
@@ -155,8 +184,8 @@ def test_check_writable_refuses(tmp_path, monkeypatch):
 
 def test_write_whole(tmp_path):
     path = tmp_path / "new" / "a.txt"
-    cli.write_whole(path, lambda beside: beside.write_text("one", encoding="utf-8"))
-    cli.write_whole(path, lambda beside: beside.write_text("two", encoding="utf-8"))
+    write_whole(path, lambda beside: beside.write_text("one", encoding="utf-8"))
+    write_whole(path, lambda beside: beside.write_text("two", encoding="utf-8"))
     assert path.read_text(encoding="utf-8") == "two" and list(path.parent.iterdir()) == [path]
 
 
@@ -179,10 +208,10 @@ def test_write_whole_leaves_the_old_file_if_it_fails(tmp_path, monkeypatch, rais
         raise raised
 
     with pytest.raises(seen):
-        cli.write_whole(path, half)
+        write_whole(path, half)
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(seen):
-        cli.write_whole(path, lambda beside: beside.write_text("new", encoding="utf-8"))
+        write_whole(path, lambda beside: beside.write_text("new", encoding="utf-8"))
     assert path.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -306,5 +306,5 @@ def test_bad_settings(settings):
 
 
 def test_what_it_draws_and_needs():
-    assert DPG().drawn_prompts(SimpleNamespace(noun="dog"), 2) == ["a photo of a dog"] * 2
+    assert DPG().drawn_prompts(SimpleNamespace(class_prompt="a photo of a dog"), 2) == ["a photo of a dog"] * 2
     assert DPG().needs == ("x_0_hat", "x_0", "t") and DPG(reward="dino").needs == ("x_0_hat", "x_0", "t", "dino")

@@ -55,4 +55,4 @@ def test_bad_shapes_and_weights():
 
 
 def test_what_it_draws():
-    assert DreamBooth().drawn_prompts(SimpleNamespace(noun="dog"), 3) == ["a photo of a dog"] * 3
+    assert DreamBooth().drawn_prompts(SimpleNamespace(class_prompt="a photo of a dog"), 3) == ["a photo of a dog"] * 3

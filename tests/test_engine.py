@@ -293,12 +293,13 @@ def test_remedies_come_in_order():
         return engine.remedy(flags(**changed))
 
     first = of(precision="fp32")
-    order = [first.index(flag) for flag in ("bf16", "--lora-rank", "--checkpoint-gradients", "--batch", "larger GPU")]
+    flags_in_order = ("bf16", "--lora-rank", "--checkpoint-gradients", "--batch", "larger machine")
+    order = [first.index(flag) for flag in flags_in_order]
     assert order == sorted(order)
     assert of().startswith("try --lora-rank 16, then --checkpoint-gradients, then a smaller --batch")
     assert of(checkpoint_gradients=True).startswith("try --lora-rank 16")
     assert of(checkpoint_gradients=True, lora_rank=4).startswith("try a smaller --batch")
-    assert of(checkpoint_gradients=True, lora_rank=4, batch=1).startswith("try a larger GPU")
+    assert of(checkpoint_gradients=True, lora_rank=4, batch=1).startswith("try a larger machine")
 
 
 def test_short_memory_is_told_and_the_frozen_networks_go_between_validations(run, tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from tiny import WEIGHTS, call, error_line, files_in, write_base, write_metrics,
 
 import cli
 import evaluate
+import record
 from metrics import Metrics
 from model.stable_diffusion import StableDiffusion
 from model.weights import read_metadata, save_tensors
@@ -134,7 +135,7 @@ def test_agrees_with_a_double_loop(base):
             assert float(scores[name][i]) == pytest.approx(statistics.fmean(pairs), abs=1e-5)
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         text = prompt.replace("[V] ", "")
-        words = clip.text_features(metrics.words([text]))[0]
+        words = clip.text_features(metrics.tokenizer([text]))[0]
         assert float(scores["clip_t"][i]) == pytest.approx(max(0, cosine(eyes["clip_i"](image), words)), abs=1e-5)
         words = align.text_features(*metrics.reward.tokenizer([text]))[0]
         expected = (cosine(eyes["align_i"](image), words) + 1) / 2
@@ -180,8 +181,8 @@ def test_a_cosine_below_0_counts_as_0(base):
 @pytest.mark.parametrize("token", ["[V]", "sks"])
 def test_token_is_not_scored(base, token):
     metrics = Metrics.from_folders(**folders_of(base), photos=[picture(0)], token=token)
-    seen, words = [], metrics.words
-    metrics.words = lambda texts: seen.extend(texts) or words(texts)
+    seen, tokenizer = [], metrics.tokenizer
+    metrics.tokenizer = lambda texts: seen.extend(texts) or tokenizer(texts)
     metrics([picture(1)] * 3, [f"a {token} dog in the snow", f"a {token} dog", f"a {token} dog in the snow"])
     assert seen == ["a dog in the snow", "a dog"]  # each once
 
@@ -262,6 +263,7 @@ def test_checkpoint_writes_what_it_says(run, ckpt, base, dog, asked, capsys):
     assert "without the token [V]" in said and "without the token [V]" in result["scored_text"]
     assert "metrics/dino, ViT 2x32/8" in said and "metrics/clip, ViT 2x32/8 + text 2x32" in said
     assert result["networks"]["align"].endswith("reward, EfficientNet of 2 blocks + BERT 1x16")
+    assert result["training"] == read_metadata(ckpt)  # how it was made, beside how it was measured
     settings = result["settings"]
     assert (settings["base"], settings["noun"], settings["live"], settings["lambda_val"]) == (
         str(base),
@@ -473,7 +475,7 @@ def test_a_changed_part_of_a_huge_file_is_seen(tmp_path):
         data = bytearray(size)
         data[first:last] = b"1" * (last - first)
         path.write_bytes(data)
-        seen.add(evaluate.digest([path]))
+        seen.add(record.digest([path]))
     assert len(seen) == 4
 
 
@@ -485,7 +487,7 @@ def test_any_changed_weight_of_a_large_file_is_seen(tmp_path):
         if at is not None:
             data[at] = 1
         path.write_bytes(data)
-        seen.add(evaluate.digest([path]))
+        seen.add(record.digest([path]))
     assert len(seen) == 5
 
 

@@ -11,8 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import call, error_line, write_base, write_photos
 
+import rpo
 import sample
 import train
+from baselines.dreambooth import DreamBooth
 from model.dino import DINO, DINOConfig
 from model.stable_diffusion import StableDiffusion
 from model.unet import UNet
@@ -77,7 +79,9 @@ def test_a_baseline_draws_class_images_and_asks_nothing_of_the_base_afterwards(r
     assert all("[V]" in prompt for prompt in drawn[1])
     # One U-Net in training mode: a call a step and a call a solver step; the base's are before the loop.
     assert looked.count(True) == len(steps) + len(validations) and looked.index(True) == looked.count(False)
-    assert read_metadata(tmp_path / "best.safetensors")["method"] == method
+    header = read_metadata(tmp_path / "best.safetensors")
+    told = {"method": method, "class_images": "3", "prior_weight": "1.0", "keep_last": "False", "solver_steps": "1"}
+    assert header.items() >= told.items() and header.get("dpg_reward") == {"dpg": "look-forward"}.get(method)
 
 
 def test_dreambooth_is_the_photos_and_the_prior(run):
@@ -85,6 +89,30 @@ def test_dreambooth_is_the_photos_and_the_prior(run):
     for row in steps:
         assert set(row) == NO_LABELS
         assert row["total"] == pytest.approx(row["similarity"] + 0.5 * row["prior"], rel=1e-5)
+
+
+def test_a_method_gets_what_it_asks_for(run, monkeypatch):
+    """A loss of one's own that weighs by t and by the rewards, without a label."""
+    seen = []
+
+    class Own(DreamBooth):
+        drawn, counted_by, needs = "negatives", "images_per_prompt", ("t", "r_ref", "r_drawn")
+        drawn_prompts = rpo.RPO.drawn_prompts
+
+        def loss(self, loss_ref, loss_drawn, **given):
+            assert [given[name].shape for name in self.needs] == [loss_ref.shape] * 3
+            seen.append(given)
+            return super().loss(loss_ref, loss_drawn)
+
+    monkeypatch.setattr(train, "method_of", lambda args, sd: Own())
+    steps, _ = run("--batch", 2)
+    assert len(steps) == len(seen) == 3 and all(given.keys() == set(Own.needs) for given in seen)
+    t, r_drawn = (torch.cat([given[name] for given in seen]) for name in ("t", "r_drawn"))
+    assert 0 <= t.min() < t.max() < 1000 and len(set(r_drawn.tolist())) > 2
+    monkeypatch.setattr(train, "method_of", lambda args, sd: rpo.RPO())
+    steps, _ = run("--batch", 2)  # its labels are drawn from the same rewards
+    for row, given in zip(steps, seen, strict=True):
+        assert row["p"] == pytest.approx(torch.sigmoid(given["r_ref"] - given["r_drawn"]).mean().item(), abs=1e-6)
 
 
 def test_without_its_prior_dreambooth_is_the_similarity_alone(run):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import call, error_line
 from torch import nn
 
 from model.vae import VAE, VAEConfig
@@ -100,6 +101,55 @@ def test_what_is_done_is_begun_anew(tmp_path):
     assert not list(tmp_path.iterdir())
     again = run(30)
     assert all(torch.equal(again[name], once[name]) for name in once)
+
+
+def drawn(seed: int) -> tuple[list[int], list[float]]:
+    """The numbers that three steps' batches are drawn from, and the noise that torch draws in them."""
+    network, numbers, noise = nn.Linear(1, 1), [], []
+
+    def loss_of(number: int):
+        numbers.append(number)
+        noise.append(torch.rand(1).item())
+        return network(torch.ones(1, 1)).sum(), {}
+
+    loop.fit("line", network, loss_of, 3, 1e-2, "cpu", lambda tensors: None, seed=seed)
+    return numbers, noise
+
+
+def test_another_seed_draws_other_batches_and_noise():
+    first, other = drawn(0), drawn(1)
+    assert first[0] == [0, 1, 2] and not {*first[0]} & {*other[0]}
+    assert len({*first[1], *other[1]}) == 6 and drawn(1) == other
+
+
+@pytest.mark.parametrize("train", [pretrain.train_dino, pretrain.train_vae])
+def test_the_trainings_take_the_seed(train, tmp_path, monkeypatch):
+    np.save(tmp_path / "drawings.npy", np.zeros((4, 128, 128, 3), np.uint8))
+    (tmp_path / "captions.json").write_text("[]")
+    seeds = []
+    monkeypatch.setattr(pretrain, "fit", lambda *_, seed, **__: seeds.append(seed))
+    train(1, 2, "cpu", seed=3)
+    assert seeds == [3]
+
+
+def test_the_command_passes_on_what_it_is_given(monkeypatch):
+    given = []
+    monkeypatch.setitem(pretrain.PARTS, "dino", (lambda *arguments: given.append(arguments), 2000, 96))
+    assert call(pretrain, monkeypatch, "dino", "--go-on", "--seed", 3, "--batch", 8) == 0
+    assert call(pretrain, monkeypatch, "dino", "--steps", 5) == 0
+    assert given == [(2000, 8, "cpu", True, 3), (5, 96, "cpu", False, 0)]
+
+
+def test_without_drawings_the_command_says_how_to_make_them(monkeypatch, capsys):
+    assert call(pretrain, monkeypatch, "dino") == 2
+    missing = "toy/cache/drawings.npy is missing: run python -m toy.pretrain data first"
+    assert error_line(capsys).endswith(missing)
+
+
+@pytest.mark.parametrize("flag, value", [("--steps", 0), ("--batch", 0), ("--seed", -1)])
+def test_a_number_that_cannot_be_is_one_line(flag, value, monkeypatch, capsys):
+    assert call(pretrain, monkeypatch, "dino", flag, value) == 2
+    assert flag in error_line(capsys)
 
 
 def test_fixed_modules_stay():

@@ -529,6 +529,25 @@ def test_what_is_exported_is_not_overwritten(base, ckpt, run, tmp_path, capsys):
     assert "another name" in error_line(capsys) and (copy / "vae" / WEIGHTS).read_bytes() == before
 
 
+def test_an_export_replaces_an_export_and_nothing_else(base, ckpt, run, tmp_path, capsys):
+    other = Path(shutil.copyfile(ckpt, tmp_path / "my_cat.safetensors"))  # another run's result
+    assert run("--ckpt", ckpt, "--export-single", other) == 2
+    assert "another name" in error_line(capsys) and other.read_bytes() == ckpt.read_bytes()
+    whole = tmp_path / "whole.safetensors"
+    assert [run("--ckpt", ckpt, "--export-single", whole) for _ in range(2)] == [0, 0]
+    shutil.copytree(base / "tokenizer", tmp_path / "tokenizer")
+    assert run("--base", whole, "--export-single", whole) == 2
+    assert "another name" in error_line(capsys)
+
+
+def test_a_grid_of_the_users_is_not_replaced(run, ckpt, asked, tmp_path, capsys):
+    (tmp_path / "outputs").mkdir()
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "outputs" / "grid.png")
+    assert run("--ckpt", ckpt) == 2
+    assert "grid.png" in (line := error_line(capsys)) and "--out" in line
+    assert files_in(tmp_path / "outputs") == ["grid.png"] and not asked
+
+
 def test_a_file_without_its_tokenizer_says_where_to_get_it(base, run, tmp_path, capsys):
     assert run("--base", base, "--export-single", tmp_path / "whole.safetensors") == 0
     assert run("--base", tmp_path / "whole.safetensors") == 2

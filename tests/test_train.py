@@ -46,7 +46,7 @@ class Watched(train.Trainer):
 
     def validate(self, step):
         self.seen[step] = copied(self.unet)
-        super().validate(step)
+        return super().validate(step)
 
 
 def copied(network):
@@ -239,6 +239,12 @@ def test_every_validation_has_the_same_seeds_and_the_negatives_have_others(done)
     assert drawer == "θ₀" and len(set(seeds)) == len(prompts) == NEGATIVES
     assert [scored[0][:3]] * 3 == [draw[:3] for draw in scored]
     assert scored[0][:2] == ("θ", prompts) and set(scored[0][2]).isdisjoint(seeds)
+    trainer, asked = done[1], []  # nor has another --seed's
+    trainer = SimpleNamespace(args=SimpleNamespace(**vars(trainer.args) | {"seed": 1}), at_once=8)
+    trainer.sd = SimpleNamespace(generate=lambda prompts, seeds, *how, **options: asked.append(set(seeds)) or [])
+    for place in (train.NEGATIVES, train.VALIDATION):
+        train.Trainer.draw(trainer, prompts, place, "")
+    assert len(set(seeds) | set(scored[0][2]) | asked[0] | asked[1]) == 4 * NEGATIVES
     assert len({row["reward"] for row in validations(history(done[0]))}) == 3
 
 
@@ -395,6 +401,19 @@ def test_resume_with_other_photos_of_the_same_names_is_refused(run, interrupted,
     assert "'1.png'" in error_line(capsys)
 
 
+def test_resume_knows_a_base_by_what_it_holds(run, interrupted, base, capsys):
+    """Where it lies is nothing; after a pull that changed its weights the run would be another."""
+    tensors = load_file(base / "vae" / WEIGHTS)
+    before = (base / "vae" / WEIGHTS).read_bytes()
+    save_file(tensors | {"quant_conv.bias": tensors["quant_conv.bias"] + 1}, base / "vae" / WEIGHTS)
+    capsys.readouterr()
+    assert run("--resume", "--base", base, "--align", base / "reward") == 2
+    line = error_line(capsys)
+    assert "other settings (base " in line and "align" not in line
+    (base / "vae" / WEIGHTS).write_bytes(before)
+    assert run("--resume", "--base", base) == 0
+
+
 def test_resume_without_the_weights_that_were_kept_is_refused(run, interrupted, capsys):
     state = (interrupted / STATE).read_bytes()
     (interrupted / "best.safetensors").rename(interrupted / "elsewhere")
@@ -449,16 +468,27 @@ def test_a_new_run_over_a_result_says_what_it_replaces(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("exported", [False, True])
-@pytest.mark.parametrize("name", ["best.png", "best.safetensors"])
+@pytest.mark.parametrize("name", ["best.png", "best.safetensors", "best.jsonl"])
 def test_what_no_run_has_written_is_not_replaced(run, tmp_path, capsys, name, exported):
     """A picture of the user's, and a model: A1111's --ckpt is the base. One that was exported has a result's header."""
     tensors = {"model.diffusion_model.out.2.bias": torch.zeros(4)}
     header = {"version": "0.1.0", "noun": "dog", "step": "40", "rpo.config": "{}"} if exported else {"format": "pt"}
     save_file(tensors, tmp_path / name, header)
+    if name == "best.jsonl":
+        (tmp_path / name).write_text('{"file": "1.jpg", "text": "a dog"}\n' if exported else "", encoding="utf-8")
     before = (tmp_path / name).read_bytes()
     assert run() == 2
     assert name in (line := error_line(capsys)) and "--ckpt" in line
     assert files_in(tmp_path) == [name] and (tmp_path / name).read_bytes() == before
+
+
+def test_two_runs_do_not_write_one_result(run, tmp_path, capsys):
+    with record.alone(Path("best.safetensors")):  # as in another terminal
+        assert run() == 2
+        assert "another run is writing best.safetensors" in (line := error_line(capsys)) and "--ckpt" in line
+        assert run("--ckpt", "other.safetensors") == 0
+    assert run() == 0  # the lock of a run that has ended, however, is gone
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
 
 
 def test_a_run_that_breaks_off_says_what_it_has_kept(run, tmp_path, monkeypatch, capsys):
@@ -611,8 +641,10 @@ def test_patience_counts_across_an_interruption(run, tmp_path, rewards):
 @pytest.mark.parametrize(("every", "told"), [(4, "the loss is"), (1, "prediction is not finite")])
 def test_loss_or_picture_that_is_no_number_ends_the_run(run, tmp_path, capsys, every, told):
     assert run("--lr", 1e30, "--validate-every", every) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
     assert told in last and "--lr" in last
+    assert "--resume goes on" not in out  # it would diverge again
     assert "best.safetensors" not in files_in(tmp_path)
 
 

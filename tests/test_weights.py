@@ -593,6 +593,29 @@ def test_save_is_atomic(tmp_path, monkeypatch):
         assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory"), OSError(12, "out of memory")],
+)
+def test_a_full_memory_is_no_file_that_cannot_be_written(tmp_path, error):
+    def half(beside):
+        beside.touch()
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        weights.write_whole(tmp_path / "a", half)
+    assert raised.value is error and os.listdir(tmp_path) == []
+
+
+def test_one_size():
+    assert weights.one_size("size", {"shortest_edge": 40}, "shortest_edge") == 40
+    keys, square = ("height", "width"), {"height": 40, "width": 40}
+    assert weights.one_size("size", 40, *keys) == weights.one_size("size", square, *keys) == 40
+    others = [{}, {"height": 40}, square | {"width": 41}, square | {"depth": 40}, {"height": "40", "width": "40"}]
+    for size in [*others, {"shortest_edge": 40}]:
+        refused(lambda size=size: weights.one_size("crop_size", size, *keys), f"crop_size {size}", "height and width")
+
+
 def as_bin(folder, zipped=True, name="pytorch_model.bin"):
     """The network's file as torch.save writes it: in a zip file, or in the format of before 2020."""
     tensors = saved(folder)

@@ -6,10 +6,10 @@
     python -m toy.bench --only rpo --subjects dog-1 --seeds 0 1 2 --images 2  # README's first table
 
 Every variant trains with train.py's own Trainer, from the same photos, for the same number of steps, with the base's
-recommended settings. Then the 25 test prompts are drawn with the kept weights, from the same noise, as evaluate.py
-draws them, and scored by metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val,
-the mean, early stopping) uses one run's saved validations. Pictures that variants share, the negatives and the
-base's, are drawn once, and count for the seconds of each.
+recommended settings. Then the 25 test prompts are drawn with the kept weights, with the same noise for every variant,
+and scored by metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val, the mean,
+early stopping) uses one run's saved validations. Pictures that variants share, the negatives and the base's, are drawn
+once, and count for the seconds of each.
 
 --out holds results.jsonl, a line a result; tables.md, which compares on the six subjects alone; and the figures. An
 interrupted benchmark goes on when it is started again. Two may fill one --out side by side, with other --only,
@@ -19,6 +19,7 @@ interrupted benchmark goes on when it is started again. Two may fill one --out s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -40,7 +41,7 @@ import engine
 import train
 from metrics import Metrics
 from model.stable_diffusion import PRECISIONS, StableDiffusion, recommended
-from model.weights import read_tensors, save_tensors
+from model.weights import read_tensors, save_tensors, write_whole
 from reward import MEANS
 from rpo import preference_label
 from subject import Subject, load_photos, load_subject
@@ -106,22 +107,22 @@ class Watched(train.Trainer):
         super().__init__(*parts)
         Watched.last, self.scored, self.spared = self, {}, 0.0
 
-    def draw(self, prompts, seed, text):
+    def draw(self, prompts, place, text):
         if self.sd.unet is self.unet and self.record.history:  # θ, after the first step
-            return super().draw(prompts, seed, text)
-        key = (tuple(prompts), seed)
+            return super().draw(prompts, place, text)
+        key = (tuple(prompts), self.args.seed, place)
         if key in self.shared:
             self.spared += self.shared[key][1]  # a run of its own would have taken them too
         else:
             start = time.time()
-            self.shared[key] = super().draw(prompts, seed, text), time.time() - start
+            self.shared[key] = super().draw(prompts, place, text), time.time() - start
         return self.shared[key][0]
 
     def validate(self, step):
-        super().validate(step)
-        self.scored[step] = self.alignments
+        self.scored[step] = super().validate(step)
         if self.folder and step:
             save_tensors(self.unet.state_dict(), self.folder / f"{step}.safetensors")
+        return self.scored[step]
 
     def chosen(self, choice: tuple[float, str] | None) -> int:
         """The step that a λ_val and a mean would have kept; None: the last one."""
@@ -163,12 +164,17 @@ class Bench:
 
     def rows(self, **which) -> list[dict]:
         """The results so far, another process's too, that were made with these weights, steps and images."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        return [row for row in map(json.loads, lines) if row.items() >= (self.made_with | which).items()]
+        rows, wanted = [], self.made_with | which
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError):  # a kill tore the line
+                rows.append(json.loads(line))
+        return [row for row in rows if row.items() >= wanted.items()]
 
     def note(self, **row) -> None:
+        last = self.path.read_bytes()[-1:] if self.path.exists() else b""
+        start = "" if last in (b"", b"\n") else "\n"  # a torn line stays alone
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | self.made_with, ensure_ascii=False) + "\n")
+            file.write(start + json.dumps(row | self.made_with, ensure_ascii=False) + "\n")
 
     def subject(self, name: str) -> Subject:
         kind, index = name.rsplit("-", 1)
@@ -176,7 +182,7 @@ class Bench:
         for i, photo in enumerate(world.photos_of(kind, int(index))):
             path = folder / f"{i:02d}.png"
             if not path.exists():  # another process may be reading it
-                cli.write_whole(path, lambda beside, photo=photo: photo.save(beside, "PNG"))
+                write_whole(path, lambda beside, photo=photo: photo.save(beside, "PNG"))
         subject = load_subject(folder, kind, world.is_live(kind))
         photos = load_photos(subject, self.sd.image_size)
         folders = (WEIGHTS / "metrics" / "clip", WEIGHTS / "metrics" / "dino", WEIGHTS / "reward")
@@ -214,8 +220,8 @@ class Bench:
         Watched.folder.mkdir(parents=True, exist_ok=True)
         label = expected_label if name in GROUPS["coin"] else preference_label
         try:
-            start, train.Trainer = time.time(), Watched
-            with mock.patch.object(train, "preference_label", label):
+            start = time.time()
+            with mock.patch.object(train, "Trainer", Watched), mock.patch.object(train, "preference_label", label):
                 if status := train.run(train.flags().parse_args(list(map(str, flags)))):
                     sys.exit(status)
             seconds = time.time() - start + Watched.last.spared
@@ -264,17 +270,26 @@ class Bench:
     def table(self, title: str, variants: list[tuple[str, str]], subjects: tuple[str, ...] = SUBJECTS) -> Iterator[str]:
         """Mean ± standard deviation over these subjects and their seeds, of the runs that all of these variants have.
 
-        In brackets: the difference from the first of them, run by run, and its standard error.
+        In brackets: the difference from the first of them, run by run, and its standard error. Or, in the
+        table's place, which runs are missing.
         """
         results = {variant: found for variant in variants if (found := self.runs(variant, subjects))}
-        if len(results) < 2 or not (runs := sorted(set.intersection(*map(set, results.values())))):
+        if variants[0] not in results:
+            if any(name != "base" for name, _ in results):  # the base's come with every run
+                group = next((group for group, names in GROUPS.items() if variants[0][0] in names), "rpo")
+                yield f"**{title}**: run `--only {group}` too, with which these are compared.\n"
+            return
+        if len(results) < 2:
+            return
+        if not (runs := sorted(set.intersection(*map(set, results.values())))):
+            yield f"**{title}**: no subject and seed has a run of each of these.\n"
             return
         count = "one run each" if len(runs) == 1 else f"{len(runs)} runs each"
         yield f"**{title}** ({count}: {', '.join(dict.fromkeys(subject for subject, _ in runs))})\n"
         names = [*VALIDATED, *SCORES]
         yield "| | " + " | ".join(names) + " | kept step | seconds |"
         yield "|---|" + "---|" * (len(names) + 2)
-        first = next(iter(results.values()))
+        first = results[variants[0]]
         for (variant, choice), found in results.items():
             cells = []
             for score in names:
@@ -378,21 +393,9 @@ def reserved(name: str) -> str:
     return name
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two subjects, one seed, the methods, 120 steps")
-    parser.add_argument("--only", nargs="+", choices=list(GROUPS), help="groups (default: all but lr)")
-    parser.add_argument(
-        "--subjects", nargs="+", type=reserved, metavar="KIND-N", help=f"(default: {' '.join(SUBJECTS)})"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="(default: 0 1)")
-    parser.add_argument("--steps", type=int, default=400, help="gradient steps (default: 400)")
-    parser.add_argument("--images", type=int, default=4, help="pictures a test prompt (default: 4)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="(default: runs/bench)")
-    args = parser.parse_args()
-    if args.quick:  # other defaults, no more
-        parser.set_defaults(only=["methods"], seeds=[0], steps=120, images=1)
-        args = parser.parse_args()
+def run(args: argparse.Namespace) -> int:
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: give a folder")
     default = (SUBJECTS[0], SUBJECTS[3]) if args.quick else TUNING if args.only == ["lr"] else SUBJECTS
     subjects = args.subjects or default
     bench = Bench(args.out, args.steps, args.images)
@@ -400,7 +403,27 @@ def main() -> None:
     bench.tables()
     bench.figures([(subject, seed) for subject in subjects for seed in args.seeds])
     print((args.out / "tables.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def main() -> int:
+    parser = cli.Parser(description=__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="two subjects, one seed, the methods, 120 steps")
+    add("--only", nargs="+", choices=list(GROUPS), help="groups (default: all but lr)")
+    add("--subjects", nargs="+", type=reserved, metavar="KIND-N", help=f"(default: {' '.join(SUBJECTS)})")
+    add("--seeds", type=cli.seed, nargs="+", default=[0, 1], help="(default: 0 1)")
+    add("--steps", type=cli.count, default=400, help="gradient steps (default: 400)")
+    add("--images", type=cli.count, default=4, help="pictures a test prompt (default: 4)")
+    add("--out", type=cli.path, default=Path("runs/bench"), help="(default: runs/bench)")
+    args = parser.parse_args()
+    if args.quick:  # other defaults, no more
+        parser.set_defaults(only=["methods"], seeds=[0], steps=120, images=1)
+        args = parser.parse_args()
+    return cli.guarded(
+        lambda: run(args), lambda: "end other programs", interrupted="interrupted: the same command goes on"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

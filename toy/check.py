@@ -6,7 +6,7 @@
 Zero-shot: CLIP picks the nearest text, for the kind among "a photo of a {kind}", for the phrase among the 33 prompts
 that subject.py holds for that kind. Retrieval: the nearest of 51 drawings to a drawing of a subject should be the other
 one of the same subject. Looks that hide who it is (red, purple, green, cube shaped, Van Gogh) take no part in it.
-The exit status is 0 if every bar holds, 1 if one does not, 2 if weights are missing.
+The exit status is 0 if every bar holds, 1 if one does not, 2 if weights are missing, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+import cli
 from model.align import ALIGN
 from model.clip import CLIP
 from model.dino import DINO
 from model.stable_diffusion import StableDiffusion, recommended, to_pixels
 from model.tokenizer import CLIPTokenizer
 from model.vae import VAE
-from model.weights import CheckpointError
 from subject import DREAMBENCH_PROMPTS, TRAINING_PROMPTS
 from toy import world
 from toy.networks import WEIGHTS
@@ -76,7 +76,7 @@ def check_vae(vae: VAE) -> Iterator[Row]:
     yield f"VAE: PSNR of {count} drawings", psnr, 28, "dB"
 
 
-def unit_features(embed: Callable[[list], Tensor], items: Sequence, name: str, batch: int = 32) -> Tensor:
+def embedded(embed: Callable[[list], Tensor], items: Sequence, name: str, batch: int = 32) -> Tensor:
     """(n, width) of length 1."""
     starts = tqdm(range(0, len(items), batch), desc=name, leave=False)
     return F.normalize(torch.cat([embed(items[start : start + batch]) for start in starts]), dim=1)
@@ -85,11 +85,11 @@ def unit_features(embed: Callable[[list], Tensor], items: Sequence, name: str, b
 def seen_by_clip(clip: CLIP, images: list[Image.Image], kinds: Sequence[str]) -> list[tuple[str, str]]:
     """The kind that CLIP sees in each picture and, given the true kind, the prompt."""
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "metrics" / "clip")
-    pictures = unit_features(lambda part: clip.image_features(clip.preprocess(part)), images, "CLIP")
+    pictures = embedded(lambda part: clip.image_features(clip.preprocess(part)), images, "CLIP")
     photos = {f"a photo of a {kind}": kind for kind in world.KINDS}
     prompts = {kind: list(prompts_of(kind)) for kind in world.KINDS}
     texts = [*photos, *(prompt for of_kind in prompts.values() for prompt in of_kind)]
-    rows = unit_features(lambda part: clip.text_features(tokenizer(part)), texts, "CLIP")
+    rows = embedded(lambda part: clip.text_features(tokenizer(part)), texts, "CLIP")
     feature = dict(zip(texts, rows, strict=True))
 
     def nearest(picture: Tensor, candidates: Iterable[str]) -> str:
@@ -116,8 +116,8 @@ def check_clip(clip: CLIP, seed: int) -> Iterator[Row]:
 def check_base(base: StableDiffusion, clip: CLIP, seed: int, count: int, path: Path) -> Iterator[Row]:
     asked = random_prompts(count, random.Random(f"check base {seed}"))
     kinds, prompts = zip(*asked, strict=True)
-    settings, seeds = recommended(WEIGHTS)[0], range(1000 * seed, 1000 * seed + count)
-    steps, guidance = settings.get("solver_steps", 20), settings.get("guidance", 7.5)
+    settings, seeds = cli.DEFAULTS | recommended(WEIGHTS)[0], range(1000 * seed, 1000 * seed + count)
+    steps, guidance = settings["solver_steps"], settings["guidance"]
     with tqdm(total=count, desc="base", leave=False) as bar:
         images = base.generate(prompts, seeds, steps=steps, guidance=guidance, on_batch=bar.update)
     seen = seen_by_clip(clip, images, kinds)
@@ -149,7 +149,7 @@ def check_retrieval(name: str, embed: Callable[[list], Tensor], seed: int) -> It
     kinds = (rng := random.Random(f"check retrieval {seed}")).choices(world.KINDS, k=QUERIES)
     queries, partners = zip(*(draw_new(kind, rng, 2) for kind in kinds), strict=True)
     others = [draw_new(kind, rng)[0] for kind in tqdm(world.KINDS, "drawing", leave=False) for _ in range(OTHERS)]
-    queries, partners, others = (unit_features(embed, part, name) for part in (queries, partners, others))
+    queries, partners, others = (embedded(embed, part, name) for part in (queries, partners, others))
     own, others = (queries * partners).sum(1), queries @ others.T  # cosines; the others stand in blocks of one kind
     some = [rng.sample(range(others.shape[1]), OTHERS) for _ in kinds]
     same = [range(OTHERS * i, OTHERS * (i + 1)) for i in map(world.KINDS.index, kinds)]
@@ -176,25 +176,28 @@ def checks(only: Sequence[str], seed: int, prompts: int, sheet: Path) -> Iterato
     return chain(*rows)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=120, help="pictures the base draws (default: 120)")
-    parser.add_argument("--seed", type=int, default=0, help="of subjects, prompts and noise (default: 0)")
-    parser.add_argument("--sheet", type=Path, default="check.png", help="the base's pictures (default: check.png)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
-    args = parser.parse_args()
-    if args.prompts < 1 or not args.sheet.parent.is_dir():
-        parser.error("--prompts must be at least 1, and the folder of --sheet must exist")
+def run(args: argparse.Namespace) -> int:
     status = 0
-    try:
-        for what, value, bar, unit in checks(args.only, args.seed, args.prompts, args.sheet):
-            verdict = "" if bar is None else f"bar {bar} {unit}  {'pass' if value >= bar else 'FAIL'}"
-            print(f"{what:46}{value:6.2f} {unit:2}   {verdict}".rstrip(), flush=True)
-            status |= "FAIL" in verdict
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        status = 2
+    for what, value, bar, unit in checks(args.only, args.seed, args.prompts, args.sheet):
+        verdict = "" if bar is None else f"bar {bar} {unit}  {'pass' if value >= bar else 'FAIL'}"
+        print(f"{what:46}{value:6.2f} {unit:2}   {verdict}".rstrip(), flush=True)
+        status |= "FAIL" in verdict
     return status
+
+
+def main() -> int:
+    parser = cli.Parser(description=__doc__)
+    add = parser.add_argument
+    add("--prompts", type=cli.count, default=120, help="pictures the base draws (default: 120)")
+    add("--seed", type=cli.seed, default=0, help="of subjects, prompts and noise (default: 0)")
+    add("--sheet", type=cli.path, default=Path("check.png"), help="the base's pictures (default: check.png)")
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    args = parser.parse_args()
+    if Image.registered_extensions().get(args.sheet.suffix.lower()) not in Image.SAVE:
+        parser.error(f"--sheet {args.sheet} should end as pictures do, such as .png")
+    if not args.sheet.parent.is_dir():
+        parser.error(f"the folder of --sheet {args.sheet} does not exist")
+    return cli.guarded(lambda: run(args), lambda: "end other programs", interrupted="interrupted")
 
 
 if __name__ == "__main__":

@@ -60,9 +60,15 @@ def make_data(count: int) -> None:
 
 
 class Data:
-    """The drawings, as they are on disk, and their captions. Four in a row show one subject."""
+    """The drawings, as they are on disk, and their captions. Four in a row show one subject.
+
+    Raises FileNotFoundError if there are none yet.
+    """
 
     def __init__(self, device: str = "cpu"):
+        for name in ("drawings.npy", "captions.json"):
+            if not (CACHE / name).exists():
+                raise FileNotFoundError(f"toy/cache/{name} is missing: run python -m toy.pretrain data first")
         self.images = np.load(CACHE / "drawings.npy", mmap_mode="r")
         self.captions = json.loads((CACHE / "captions.json").read_text())
         self.device = device

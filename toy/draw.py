@@ -90,19 +90,7 @@ class Pen:
 
     def box(self, left: float, bottom: float, right: float, top: float, fill: Color, round_by: float = 0.0) -> None:
         """A rectangle with rounded corners."""
-        r = min(round_by, (right - left) / 2, (top - bottom) / 2)
-        points = []
-        for x, y, start in (
-            (right - r, top - r, 0),
-            (left + r, top - r, 90),
-            (left + r, bottom + r, 180),
-            (right - r, bottom + r, 270),
-        ):
-            points += [
-                (x + r * math.cos(math.radians(start + 15 * i)), y + r * math.sin(math.radians(start + 15 * i)))
-                for i in range(7)
-            ]
-        self.polygon(points, fill)
+        self.polygon(slab(left, bottom, right, top, round_by), fill)
 
 
 # Outlines

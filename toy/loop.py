@@ -43,11 +43,13 @@ def fit(
     weight_decay: float = 0.01,
     minutes_between_saves: float = 4.0,
     fixed: Sequence[nn.Module] = (),
+    seed: int = 0,
 ) -> None:
     """Train `network` with AdamW, warm-up and cosine decay, and an average of the weights; resumable until it is done.
 
-    `loss_of(step)` draws its batch from the step number, so that a resumed run sees what an unbroken one would see.
-    `fixed` names the modules inside `network` that are not trained.
+    `loss_of(number)` draws its batch from a number that only `seed` and the step decide, and torch's noise comes of it
+    too: a resumed run sees what an unbroken one would see, and a run that goes on from another's weights sees new
+    batches if it has another seed. `fixed` names the modules inside `network` that are not trained.
     """
     network.to(device).train().requires_grad_(True)
     for module in fixed:
@@ -74,17 +76,16 @@ def fit(
         os.replace(path.with_suffix(".partial"), path)
         save({key: tensor.cpu() for key, tensor in ema.average.items()})
 
-    bar, saved, smooth = (
-        tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=5),
-        time.time(),
-        {},
-    )
+    smooth: dict[str, float] = {}
+    saved = time.time()
+    bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=5)
     for step in bar:
-        torch.manual_seed(step)
+        number = seed * 1_000_000 + step
+        torch.manual_seed(number)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, step / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with data.autocast(device):
-            loss, parts = loss_of(step)
+            loss, parts = loss_of(number)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

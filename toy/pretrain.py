@@ -11,9 +11,10 @@
     python -m toy.pretrain vae-refine      # optional: sharper pictures from almost the same latents
 
 Each command but the first goes on where it was stopped (its state is in toy/cache) and writes its part of weights/toy
-in the public layout, in half precision. `--go-on` starts from the weights that are there. On a GPU add `--device cuda`
-and a larger `--batch`; `--steps` sets the length. After `vae`, `vae-full` or `clip` the U-Net must be trained anew: it
-has learned other latents or other words.
+in the public layout, in half precision. `--go-on` starts from the weights that are there; give it another `--seed`, or
+it sees the batches again that they have learned from. On a GPU add `--device cuda` and a larger `--batch`; `--steps`
+sets the length. After `vae`, `vae-full` or `clip` the U-Net must be trained anew: it has learned other latents or other
+words.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import math
 import random
 import re
 import shutil
+import sys
 from contextlib import nullcontext
 from functools import partial
 
@@ -33,6 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cli
 from model.align import ALIGN, ALIGNConfig
 from model.clip import CLIP, CLIPConfig, CLIPTextEncoder
 from model.dino import DINO, DINOConfig
@@ -83,7 +86,7 @@ def anchor_of(vae: VAE) -> VAE:
     return anchor
 
 
-def train_vae(steps: int, batch: int, device: str, go_on: bool = False, stage: str = "vae") -> None:
+def train_vae(steps: int, batch: int, device: str, go_on: bool = False, seed: int = 0, stage: str = "vae") -> None:
     """L1 + MSE + a little KL, in stages. "vae": random 64-pixel crops, a quarter of the cost. "vae-full": goes on
     with whole pictures. "vae-refine": goes on with log MSE a picture, that is PSNR, so that a plain picture counts as
     much as a crowded one, and with an anchor in KL's place: the encoder may move its posteriors only a little, so that
@@ -96,8 +99,8 @@ def train_vae(steps: int, batch: int, device: str, go_on: bool = False, stage: s
     before = anchor_of(vae).requires_grad_(False).to(device) if refine else None
     scaling_factor = read_json(WEIGHTS / "vae" / "config.json")["scaling_factor"] if refine else None
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(step)
+    def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(number)
         pixels = data.pixels([rng.randrange(len(data)) for _ in range(batch)], 64 if stage == "vae" else None, rng)
         mean, logvar = (part.float() for part in vae.encode(pixels))
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
@@ -125,7 +128,7 @@ def train_vae(steps: int, batch: int, device: str, go_on: bool = False, stage: s
         write_part(WEIGHTS / "vae", config, tensors, "diffusion_pytorch_model.safetensors")
 
     lr = {"vae": 2e-3, "vae-full": 1e-3, "vae-refine": 1e-3}[stage]
-    fit(stage, vae, loss_of, steps, lr, device, save)
+    fit(stage, vae, loss_of, steps, lr, device, save, seed=seed)
 
 
 # ---------------------------------------------------------------------------------------------------- contrastive
@@ -186,7 +189,7 @@ def standardized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
     return (pixels / 2 + 0.5 - mean) / std
 
 
-def train_clip(steps: int, batch: int, device: str, go_on: bool = False, stage: str = "clip") -> None:
+def train_clip(steps: int, batch: int, device: str, go_on: bool = False, seed: int = 0, stage: str = "clip") -> None:
     """Pictures against captions. Its text tower becomes the text encoder; the whole is a metric.
 
     Stage "clip-pictures" goes on with all but the text tower, which leaves the text encoder, and the U-Net, valid.
@@ -200,8 +203,8 @@ def train_clip(steps: int, batch: int, device: str, go_on: bool = False, stage: 
     clip = begun(CLIP(config_from(CLIPConfig, config)), "metrics/clip", go_on)
     phrases, all_kinds = data.by_phrase(), data.by_kind()
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(step)
+    def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(number)
         chosen = crowd(phrases, all_kinds, batch, rng)
         texts = [rng.choice(data.captions[i]) for i in chosen]
         pixels = standardized(data.pixels(chosen), clip.pictures.image_mean, clip.pictures.image_std)
@@ -221,19 +224,17 @@ def train_clip(steps: int, batch: int, device: str, go_on: bool = False, stage: 
         write_part(WEIGHTS / "text_encoder", text_encoder_config(config), text, "model.safetensors")
 
     fixed = [clip.text_model] if stage == "clip-pictures" else []
-    fit(stage, clip, loss_of, steps, 1e-3, device, save, weight_decay=0.05, fixed=fixed)
+    fit(stage, clip, loss_of, steps, 1e-3, device, save, weight_decay=0.05, fixed=fixed, seed=seed)
 
 
 def two_of_each(data: Data, count: int, rng: random.Random) -> tuple[list[int], list[int]]:
     """Two different drawings of each of `count` subjects."""
     subjects = rng.sample(range(len(data) // 4), count)
-    pairs = [rng.sample(range(4), 2) for _ in subjects]
-    return [4 * s + p[0] for s, p in zip(subjects, pairs, strict=True)], [
-        4 * s + p[1] for s, p in zip(subjects, pairs, strict=True)
-    ]
+    pairs = [[4 * s + k for k in rng.sample(range(4), 2)] for s in subjects]
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def train_align(steps: int, batch: int, device: str, go_on: bool = False) -> None:
+def train_align(steps: int, batch: int, device: str, go_on: bool = False, seed: int = 0) -> None:
     """Pictures against captions, and two drawings of one subject against other subjects."""
     data = Data(device)
     if not go_on:
@@ -243,8 +244,8 @@ def train_align(steps: int, batch: int, device: str, go_on: bool = False) -> Non
     align = begun(ALIGN(ALIGNConfig.from_json(config)), "reward", go_on).to(memory_format=torch.channels_last)
     side = PREPROCESSORS["align"]["crop_size"]["height"]
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(step)
+    def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(number)
         ones, others = two_of_each(data, batch // 2, rng)
         texts = [rng.choice(data.captions[i]) for i in ones + others]
         pixels = F.interpolate(data.pixels(ones + others), size=(side, side), mode="bilinear", antialias=True)
@@ -263,16 +264,16 @@ def train_align(steps: int, batch: int, device: str, go_on: bool = False) -> Non
     def save(tensors: dict[str, Tensor]) -> None:
         write_part(WEIGHTS / "reward", config, tensors, "model.safetensors", PREPROCESSORS["align"])
 
-    fit("align", align, loss_of, steps, 1e-3, device, save, weight_decay=0.05)
+    fit("align", align, loss_of, steps, 1e-3, device, save, weight_decay=0.05, seed=seed)
 
 
-def train_dino(steps: int, batch: int, device: str, go_on: bool = False) -> None:
+def train_dino(steps: int, batch: int, device: str, go_on: bool = False, seed: int = 0) -> None:
     """Two drawings of one subject against other subjects. (DINO's own objective, self-distillation, is another.)"""
     data = Data(device)
     dino = begun(DINO(config_from(DINOConfig, DINO_CONFIG)), "metrics/dino", go_on)
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        ones, others = two_of_each(data, batch // 2, random.Random(step))
+    def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
+        ones, others = two_of_each(data, batch // 2, random.Random(number))
         pixels = standardized(data.pixels(ones + others), dino.pictures.image_mean, dino.pictures.image_std)
         loss, right = contrast(*dino(pixels).chunk(2), 0.1)
         return loss, {"loss": loss.item(), "right": right}
@@ -280,13 +281,13 @@ def train_dino(steps: int, batch: int, device: str, go_on: bool = False) -> None
     def save(tensors: dict[str, Tensor]) -> None:
         write_part(WEIGHTS / "metrics" / "dino", DINO_CONFIG, tensors, "model.safetensors", PREPROCESSORS["dino"])
 
-    fit("dino", dino, loss_of, steps, 1e-3, device, save, weight_decay=0.05)
+    fit("dino", dino, loss_of, steps, 1e-3, device, save, weight_decay=0.05, seed=seed)
 
 
 # ---------------------------------------------------------------------------------------------------- the U-Net
 
 
-def train_unet(steps: int, batch: int, device: str, go_on: bool = False) -> None:
+def train_unet(steps: int, batch: int, device: str, go_on: bool = False, seed: int = 0) -> None:
     """ε-prediction in the latents (DDPM, arXiv 2006.11239, eq. 14); one caption in ten is empty, for guidance.
 
     Half of a batch is drawn evenly from the kinds: the stream shows a dog four times as often as a boot.
@@ -306,8 +307,8 @@ def train_unet(steps: int, batch: int, device: str, go_on: bool = False) -> None
     snr = scheduler.alphas_cumprod.to(device) / (1 - scheduler.alphas_cumprod.to(device))
     weight = snr.clamp(max=5) / snr
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(step)
+    def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(number)
         chosen = [rng.choice(rng.choice(kinds)) if i % 2 else rng.randrange(count) for i in range(batch)]
         texts = ["" if rng.random() < 0.1 else rng.choice(data.captions[i]) for i in chosen]
         with torch.no_grad():
@@ -326,7 +327,7 @@ def train_unet(steps: int, batch: int, device: str, go_on: bool = False) -> None
     def save(tensors: dict[str, Tensor]) -> None:
         write_part(WEIGHTS / "unet", UNET_CONFIG, tensors, "diffusion_pytorch_model.safetensors")
 
-    fit("unet", unet, loss_of, steps, 4e-4 if go_on else 6e-4, device, save)
+    fit("unet", unet, loss_of, steps, 4e-4 if go_on else 6e-4, device, save, seed=seed)
 
 
 # name: (function, steps on two CPU cores, batch)
@@ -341,16 +342,28 @@ PARTS = {
     "unet": (train_unet, 4000, 32),
 }
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["data", *PARTS])
-    parser.add_argument("--steps", type=int, help="gradient steps (data: drawings)")
-    parser.add_argument("--batch", type=int, help="samples a step")
-    parser.add_argument("--go-on", action="store_true", help="start from the weights in weights/toy, not from nothing")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    args = parser.parse_args()
+
+def run(args: argparse.Namespace) -> int:
     if args.part == "data":
         make_data(args.steps or 128_000)
     else:
         train, steps, batch = PARTS[args.part]
-        train(args.steps or steps, args.batch or batch, args.device, args.go_on)
+        train(args.steps or steps, args.batch or batch, args.device, args.go_on, args.seed)
+    return 0
+
+
+def main() -> int:
+    parser = cli.Parser(description=__doc__)
+    add = parser.add_argument
+    add("part", choices=["data", *PARTS])
+    add("--steps", type=cli.count, help="gradient steps (data: drawings)")
+    add("--batch", type=cli.count, help="samples a step")
+    add("--go-on", action="store_true", help="start from the weights in weights/toy, not from nothing")
+    add("--seed", type=cli.seed, default=0, help="of batches and noise: with --go-on give a new one (default: 0)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    args = parser.parse_args()
+    return cli.guarded(lambda: run(args), lambda: "use a smaller --batch", interrupted="interrupted")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

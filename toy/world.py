@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import colorsys
 import dataclasses
+import functools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,14 +124,10 @@ def reserved_subject(kind: str, index: int) -> Named:
     return random_subject(kind, random.Random(f"reserved {kind} {index}"))
 
 
-_RESERVED = None
-
-
+@functools.cache
 def reserved_signatures() -> frozenset:
-    global _RESERVED  # computed at the first call: no work at import
-    if _RESERVED is None:
-        _RESERVED = frozenset(reserved_subject(k, i).signature for k in KINDS for i in range(RESERVED_PER_KIND))
-    return _RESERVED
+    """What training subjects may not share with any of the reserved ones."""
+    return frozenset(reserved_subject(k, i).signature for k in KINDS for i in range(RESERVED_PER_KIND))
 
 
 def training_subject(index: int) -> Named:
