@@ -4,17 +4,17 @@
     python -m benchmarks.release --full        # and all of it done: an hour and more
     python -m benchmarks.release --write       # and put the table into benchmarks/RESULTS.md
 
-This is a simulation, written from what is known of the release (github.com/andrew-miao/RPO), on diffusers and
-transformers; none of its code is here. Its shape:
+This is a simulation, written from what is known of the release (github.com/andrew-miao/RPO, commit d351ad5), on
+diffusers and transformers; none of its code is here. Its shape:
 
-- Pictures are drawn one at a time with 50 PNDM steps (51 calls of the U-Net), negatives go through JPEG.
+- Pictures are drawn one at a time with 50 steps of DDIM, the sampler of its base; negatives go through JPEG.
 - Every training step reads its photos and negatives from disk, and encodes pictures and prompts anew.
 - Every validation loads ALIGN anew and embeds the photos anew; pictures are drawn and scored one by one.
 
 The job is train.py's own: the same base, subject, number of negatives, gradient steps, pairs a step, validations and
 validation pictures, guidance and learning rate; the solver's steps are each one's own. "As released" has the release's
-16 negatives a prompt instead of 4. Our seconds are those of a real run of train.py in a process of its own. Both
-without Python's start.
+16 negatives a prompt instead of 4, and no validation of the base. Our seconds are those of a real run of train.py in a
+process of its own. Both without Python's start.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from benchmarks import common, phases
 from rpo import denoising_loss, preference_label, preference_probability, rpo_loss
 from subject import Subject, load_subject, open_photo
 
-SOLVER_STEPS, NEGATIVES_A_PROMPT = 50, 16  # the release's
+SOLVER_STEPS, NEGATIVES_A_PROMPT, VALIDATE_EVERY = 50, 16, 40  # the release's; the last is train.py's too
 # Of ours, for --quick: every picture and step as in the real run, only fewer.
 QUICK = ("--steps", "8", "--validate-every", "8", "--images-per-prompt", "1")
 
@@ -53,8 +53,8 @@ class Release:
         self.draws, self.negatives = torch.Generator().manual_seed(0), []
 
     def load(self) -> None:
-        """The base with PNDM, θ beside θ₀, AdamW."""
-        self.pipe = common.pipeline(self.base, self.device, "PNDMScheduler", skip_prk_steps=True)
+        """The base with DDIM, θ beside θ₀, AdamW."""
+        self.pipe = common.pipeline(self.base, self.device, "DDIMScheduler")
         self.unet, self.base_unet = self.pipe.unet, copy.deepcopy(self.pipe.unet)
         self.unet.requires_grad_(True).train()
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=self.settings["lr"], weight_decay=0.01)
@@ -166,6 +166,12 @@ def job(prompts: int, images_per_prompt: int, negatives_per_prompt: int, steps: 
     return loads | {"training step": steps, "validation picture": pictures, "save": validations}
 
 
+def both_jobs(steps: int) -> tuple[dict, dict]:
+    """The job with train.py's counts, which validates the base and the last step too, and as released."""
+    same = job(8, 4, 4, steps, 1 + -(-steps // VALIDATE_EVERY))
+    return same, job(8, 4, NEGATIVES_A_PROMPT, steps, steps // VALIDATE_EVERY)
+
+
 def total(pieces: dict[str, list[float]], times: dict[str, int]) -> float:
     """Seconds of the whole job: what was measured as often as the job wants is added up, the rest is extrapolated."""
     whole = {name: times[name] * statistics.mean(seconds) for name, seconds in pieces.items()}
@@ -187,9 +193,7 @@ def measured(args: argparse.Namespace) -> common.Report:
     report = common.Report("benchmarks.release" + (" --quick" if args.quick else ""), device)
     flags = QUICK if args.quick else ("--steps", str(args.steps))
     result = common.alone(phases.whole, cli.EMBEDDED_BASE, str(device), flags, torch.get_num_threads())
-    validations = -(-args.steps // 40) + 1  # train.py's own, with the base's
-    same = job(8, 4, 4, args.steps, validations)
-    released = same | {"negative": 8 * NEGATIVES_A_PROMPT}
+    same, released = both_jobs(args.steps)
     times = same if args.full else {name: min(1 if args.quick else args.samples, n) for name, n in same.items()}
     common.libraries()
     with tempfile.TemporaryDirectory() as folder:

@@ -144,7 +144,8 @@ def test_the_release_draws_one_by_one_and_encodes_anew(base, dog, tmp_path, monk
     monkeypatch.setattr(common, "pipeline", watched(common.pipeline, calls))
     pieces = release.measure(job, dict.fromkeys(release.job(8, 4, 4, 400, 11), 1) | {"negative": 2, "training step": 2})
     assert [len(seconds) for seconds in pieces.values()] == [1, 1, 2, 2, 1, 1]
-    drawn = ["text", "text", *["unet"] * 4, "decode"]  # PNDM asks once more than it has steps
+    drawn = ["text", "text", *["unet"] * 3, "decode"]  # DDIM asks once a step
+    assert type(job.pipe.scheduler).__name__ == "DDIMScheduler"
     step = ["encode", "text", "unet", "unet"]  # θ₀ and θ
     assert [name for name, _ in calls] == drawn * 3 + step * 3 + drawn * 2  # the first of each does not count
     assert all(count == (4 if name == "encode" else 1) for name, count in calls if name in ("encode", "decode"))
@@ -184,6 +185,14 @@ def test_the_release_scores_as_we_do_but_for_the_token(base, dog, tmp_path):
     reward = Reward(ALIGN.from_pretrained(base / "reward"), BertTokenizer.from_pretrained(base / "reward"), photos, "@")
     expected = reward(photos[:1], ["a [V] dog"], 0.3).item()  # "@": the token that the text lacks is taken out
     assert job.score(photos[0], "a [V] dog") == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_release_draws_more_negatives_and_does_not_validate_the_base():
+    same, released = release.both_jobs(400)
+    assert same == release.job(8, 4, 4, 400, 11)  # train.py's: steps 0, 40, ..., 400
+    assert released == release.job(8, 4, 16, 400, 10)
+    same, released = release.both_jobs(60)
+    assert (same["save"], released["save"]) == (3, 1)  # ours at 0, 40 and 60, the last
 
 
 def test_totals_of_the_release_and_of_ours():
