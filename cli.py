@@ -150,13 +150,13 @@ def add_base_flags(parser: argparse.ArgumentParser, default: Path | None, what: 
     add = parser.add_argument
     add("--base", type=path, default=default, help=f"a folder with public weights, or a single file (default: {what})")
     add("--variant", help="take *.VARIANT.safetensors, such as fp16 (default: plain files, or the only ones)")
-    add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the U-Net predicts (default: as it says)")
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the U-Net predicts (default: as its files say)")
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """--device and --precision."""
     add = parser.add_argument
-    add("--device", help="cpu, cuda or mps, which nobody has tried (default: cuda if there is one)")
+    add("--device", help="cpu, cuda or mps; only cpu has been tried (default: cuda if there is one)")
     add(
         "--precision", choices=("fp32", "bf16", "fp16"), help="(default: bf16 on cuda, or fp16 if it is old, else fp32)"
     )

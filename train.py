@@ -1,7 +1,7 @@
 """Fine-tune Stable Diffusion on one subject with Reward Preference Optimization (RPO, arXiv 2407.12164).
 
     python train.py --subject data/dog --steps 400                        # the embedded base, minutes on a laptop
-    python train.py --subject my_dog --noun dog --base stable-diffusion   # a folder with public weights
+    python train.py --subject my_dog --noun dog --base sd15               # public weights, see README.md
     python train.py --subject data/dog --resume                           # go on, with the same flags as before
     python train.py --subject data/dog --method dreambooth --keep-last --ckpt dreambooth.safetensors    # to compare
     torchrun --standalone --nproc_per_node=4 train.py --subject my_dog --noun dog   # 4 GPUs; --batch counts all pairs
@@ -359,9 +359,9 @@ def flags() -> cli.Parser:
     paper = "(default: %(default)s, the paper's)"
     add("--lambda-train", type=cli.fraction, default=0.0, help=f"RPO: λ of the labels {paper}")
     add("--beta", type=cli.positive, default=1.0, help=f"RPO: β of the loss {paper}")
-    add("--tau", type=cli.positive, default=1.0, help=f"RPO: temperature of the labels {paper}")
+    add("--tau", type=cli.positive, default=1.0, help="RPO: temperature of the labels (default: 1; the paper: none)")
     add("--preference-weight", type=cli.at_least_0, default=1.0, help="RPO: 0 leaves the similarity loss (default: 1)")
-    add("--prior-weight", type=cli.at_least_0, default=1.0, help="DreamBooth, DPG: of the class images (default: 1)")
+    add("--prior-weight", type=cli.at_least_0, default=1.0, help="DreamBooth, DPG: class images' weight (default: 1)")
     add("--class-images", type=cli.count, help="DreamBooth, DPG: how many are drawn (default: 200, or the base's)")
     add("--dpg-reward", choices=REWARDS, default=REWARDS[0], help="DPG: what the critic learns (default: %(default)s)")
     add("--mean", choices=list(MEANS), default="harmonic", help=f"of ALIGN-I and ALIGN-T {paper}")
