@@ -63,12 +63,12 @@ def guarded(work: Callable[[], int], remedy: Callable[[], str], interrupted: str
             signal.signal(number, signal.default_int_handler)
     try:
         return work()
-    except (ValueError, OSError, FloatingPointError) as error:
-        return fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if not memory_is_full(error):
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if memory_is_full(error):
+            return fail(f"the memory is full: {remedy()}")
+        if isinstance(error, RuntimeError):
             raise
-        return fail(f"the memory is full: {remedy()}")
+        return fail(error)
     except KeyboardInterrupt:
         if parallel.speaks_first():
             print(f"\n{interrupted}", file=sys.stderr)
@@ -150,7 +150,7 @@ def add_base_flags(parser: argparse.ArgumentParser, default: Path | None, what: 
     add = parser.add_argument
     add("--base", type=path, default=default, help=f"a folder with public weights, or a single file (default: {what})")
     add("--variant", help="take *.VARIANT.safetensors, such as fp16 (default: plain files, or the only ones)")
-    add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the U-Net predicts (default: as its files say)")
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help="of the U-Net (default: as its files say)")
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ from subject import DREAMBENCH_NOUNS, Subject, load_subject, open_photo
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
 TITLES |= {"lambda_harmonic": "λ-Harmonic"}
-FULL = "use a smaller --batch, or --device cpu"
+FULL = "use a smaller --batch, or another --device"
 
 
 @dataclass(frozen=True)

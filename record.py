@@ -147,7 +147,7 @@ class Record:
 
 
 def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
-    """What sample.py and evaluate.py need to know, for the checkpoint's header."""
+    """For the checkpoint's header: what sample.py and evaluate.py need to know, and how it was made."""
     values = {"format": "pt", "method": args.method, "version": VERSION, "base": cli.base_name(args.base)}
     optional = ("variant", "resolution", "lora_rank")
     values |= {name: getattr(args, name) for name in optional if getattr(args, name)}
@@ -168,6 +168,8 @@ def fingerprint(args: argparse.Namespace, subject: Subject) -> dict[str, object]
     free = {"steps", "patience", "resume", "device", "ckpt", "checkpoint_gradients", "compile", "subject"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings |= {"base": digest(files_of_base(args.base)), "align": digest([args.align])}
+    if args.dpg_reward == "dino":
+        settings["dino"] = digest([home_of(args.base) / "metrics" / "dino"])
     photos = {photo.name: hashlib.sha256(photo.read_bytes()).hexdigest()[:8] for photo in subject.photos}
     return settings | {"noun": subject.noun, "photos": photos}
 
@@ -200,12 +202,13 @@ def alone(ckpt: Path) -> Iterator[None]:
     if fcntl is None or parallel.rank() > 0:
         yield
         return
-    cli.check_writable(ckpt)
     path = ckpt.with_name(f".{ckpt.stem}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists():  # its owner has ended just now
+                raise BlockingIOError
         except BlockingIOError:
             raise ValueError(f"another run is writing {ckpt}: wait for it, or give another --ckpt") from None
         except OSError:  # some network file systems have no locks

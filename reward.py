@@ -65,8 +65,8 @@ class Reward:
 
     align: an ALIGN in eval mode; its device is where the work is done. photos: the reference photos, RGB PIL images.
     token: the unique token, taken out of every prompt. combine: one of MEANS. Raises ValueError if there are no photos,
-    if the tokenizer is another model's (a CheckpointError), or, as whatever embeds something, if the features are not
-    finite.
+    or if the tokenizer is another model's (a CheckpointError), and as whatever embeds something FloatingPointError if
+    the features are not finite.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ def unit_features(
 ) -> Tensor:
     """(n, width) of length 1, in fp32: the network's of what `prepare` makes of the items, 16 at a time.
 
-    `network` is a module or its method. Raises ValueError, naming the module's class, if the features are not finite.
+    `network` is a module or its method. Raises FloatingPointError, naming its class, if the features are not finite.
     """
     parts = (prepare(items[i : i + 16]).to(device) for i in range(0, len(items), 16))
     return _unit_length(torch.cat([network(part) for part in parts]), getattr(network, "__self__", network))
@@ -145,7 +145,7 @@ def unit_features(
 def _unit_length(features: Tensor, owner: object) -> Tensor:
     """Features (n, width) of length 1, in fp32."""
     if not features.isfinite().all():
-        raise ValueError(f"{type(owner).__name__}'s features are not finite: its weights are damaged")
+        raise FloatingPointError(f"{type(owner).__name__}'s features are not finite: its weights are damaged")
     return F.normalize(features.float(), dim=1)
 
 

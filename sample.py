@@ -112,7 +112,7 @@ def main() -> int:
     if args.export_single and args.export_single.suffix != ".safetensors":
         parser.error(f"--export-single {args.export_single} should end in .safetensors")
     return cli.guarded(
-        lambda: run(args), lambda: "use a smaller --batch or --size, or --device cpu", interrupted="interrupted"
+        lambda: run(args), lambda: "use a smaller --batch or --size, or another --device", interrupted="interrupted"
     )
 
 

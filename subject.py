@@ -189,7 +189,8 @@ def _find_photos(folder: Path) -> list[Path]:
             raise SubjectError(f"{folder} is not a folder: give the folder that holds the subject's photos")
         found = [path for path in folder.iterdir() if path.suffix.lower() in PHOTO_ENDINGS]
         photos = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
-        unread = [path.name for path in folder.iterdir() if path.suffix.lower() in UNREAD_ENDINGS]
+        others = [path for path in folder.iterdir() if path.suffix.lower() in UNREAD_ENDINGS]
+        unread = [path.name for path in others if not path.name.startswith(".") and not path.is_dir()]
     except OSError as error:
         raise SubjectError(f"{folder} cannot be read ({error.strerror}): check its permissions") from None
     if not photos:
@@ -207,10 +208,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         white = 1 if image.getextrema()[1] <= 1 else 255
         return image.point(lambda grey: grey * (255 / white) + 0.5).convert("L").convert("RGB")
-    if image.mode in ("RGB", "CMYK") and (profile := image.info.get("icc_profile")):
-        with suppress(ImageCms.PyCMSError):  # a broken profile, or of another mode: the numbers as they are
-            return ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
+    if image.mode in ("RGB", "RGBA", "CMYK") and (profile := image.info.get("icc_profile")):
+        mode, srgb = "RGB" if image.mode == "CMYK" else image.mode, ImageCms.createProfile("sRGB")
+        with suppress(ImageCms.PyCMSError):  # a broken profile, or of another mode: the numbers as they are
+            image = ImageCms.profileToProfile(image, BytesIO(profile), srgb, outputMode=mode)
+    if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

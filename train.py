@@ -270,8 +270,8 @@ def run(args: argparse.Namespace) -> int:
     dino_folder = home_of(args.base) / "metrics" / "dino"
     if needs_dino and not dino_folder.is_dir():
         raise CheckpointError(f"{dino_folder} is missing, which should hold DINO: put it there, or take another reward")
+    check_place(args.ckpt, args.resume, subject.folder)
     with alone(args.ckpt):
-        check_place(args.ckpt, args.resume, subject.folder)
         return fine_tune(args, subject, device, dino_folder if needs_dino else None)
 
 

@@ -277,7 +277,7 @@ def test_an_interrupted_run_leaves_nothing_and_is_done_anew(tiny, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "step", stop)
-        with pytest.raises(SystemExit):
+        with pytest.raises(KeyboardInterrupt):
             tiny.all(["clock-0"], [0], ["rpo"])
     assert not tiny.rows() and [path.name for path in tiny.out.iterdir()] == ["photos"]
     tiny.all(["clock-0"], [0], ["rpo"])

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 import cli
 from model.weights import write_whole
-from pictures import GAP, KEPT, PAPER, film_strip, grid
+from pictures import GAP, KEPT, PAPER, check_page, film_strip, grid, save_grid
 
 # ---------------------------------------------------------------------------------------------- arguments
 
@@ -136,6 +136,16 @@ def test_a_log_grows_line_by_line(monkeypatch):
     assert sys.stdout.buffer.getvalue() == b"step 40\n"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("out of memory")])
+def test_a_full_memory_is_told_with_what_may_help(capsys, error):
+    def work():
+        raise error
+
+    assert cli.guarded(work, lambda: "use less", "interrupted") == 2
+    line = capsys.readouterr().err
+    assert line.endswith("the memory is full: use less\n") and line.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("hidden", [False, True], ids=["seen", "hidden"])
 def test_a_signal_to_end_is_as_ctrl_c(monkeypatch, capsys, name, hidden):
@@ -220,6 +230,15 @@ def test_write_whole_leaves_the_old_file_if_it_fails(tmp_path, monkeypatch, rais
 
 def plain(*colour, side=16):
     return Image.new("RGB", (side, side), colour)
+
+
+def test_a_page_of_ours_may_be_replaced_however_large(tmp_path, monkeypatch):
+    save_grid(tmp_path, [plain(255, 0, 0)] * 4, ["a dog"] * 4, [0, 1, 2, 3], 2, "Steps: 1")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    check_page(tmp_path)
+    (tmp_path / "grid.png").write_bytes(b"a picture of the user's")
+    with pytest.raises(ValueError, match="--out"):
+        check_page(tmp_path)
 
 
 def test_grid():

@@ -50,6 +50,8 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     (tmp_path / "second").mkdir()
     with pytest.raises(KeyboardInterrupt):
         run(30, stop_at=17)
+    with pytest.raises(ValueError, match="--seed 0"):
+        drawn(1)
     resumed = run(30)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole if name != "loss")
 
@@ -120,6 +122,7 @@ def test_another_seed_draws_other_batches_and_noise():
     first, other = drawn(0), drawn(1)
     assert first[0] == [0, 1, 2] and not {*first[0]} & {*other[0]}
     assert len({*first[1], *other[1]}) == 6 and drawn(1) == other
+    assert all(0 <= number < 2**63 for number in drawn(2**63 - 1)[0])
 
 
 @pytest.mark.parametrize("train", [pretrain.train_dino, pretrain.train_vae])

@@ -231,14 +231,14 @@ def test_features_that_are_no_numbers_are_told_with_the_network(value):
     reward = Reward(align, FakeTokenizer(), [RED])
     align.weight.data.fill_(value)
     words = "^FakeALIGN's features are not finite: its weights are damaged$"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(FloatingPointError, match=words):
         Reward(align, FakeTokenizer(), [RED])
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(FloatingPointError, match=words):
         reward.alignments([RED], ["a dog"])
     for _ in range(2):  # nor is it kept and given out the second time
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(FloatingPointError, match=words):
             reward.of_photos(["a dog"], 0.3)
-    with pytest.raises(ValueError, match=words):  # a network that is called itself, as DINO
+    with pytest.raises(FloatingPointError, match=words):  # a network that is called itself, as DINO
         unit_features(align, lambda items: torch.ones(len(items), 3), [1, 2], torch.device("cpu"))
 
 

@@ -142,10 +142,11 @@ def test_photos_are_found_sorted_and_the_rest_passed_over(tmp_path):
 def test_photos_that_are_not_read_are_told(tmp_path, capsys):
     for name in ("1.jpg", "2.jfif", "3.mpo"):
         Image.new("RGB", (4, 4), "red").save(tmp_path / name, "JPEG")
-    (tmp_path / "4.HEIC").write_bytes(b"a phone's")
+    for name in ("4.HEIC", "._4.HEIC"):  # macOS writes the second
+        (tmp_path / name).write_bytes(b"a phone's")
     assert [photo.name for photo in load_subject(tmp_path, "dog").photos] == ["1.jpg", "2.jfif", "3.mpo"]
     out = capsys.readouterr().out
-    assert "4.HEIC" in out and "not read" in out and "1.jpg" not in out
+    assert "jpg: 4.HEIC\n" in out and "not read" in out
 
 
 def test_a_profiles_colours_become_srgb(tmp_path):
@@ -154,6 +155,15 @@ def test_a_profiles_colours_become_srgb(tmp_path):
     swapped = srgb.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
     for name, profile in {"srgb": srgb, "swapped": swapped, "broken": b"no profile"}.items():
         put(tmp_path, f"{name}.png", Image.new("RGB", (4, 4), (200, 60, 40)), icc_profile=profile)
+    cut_out = Image.new("RGBA", (8, 4), (200, 60, 40, 255))
+    cut_out.paste((0, 0, 0, 0), (4, 0, 8, 4))
+    put(tmp_path, "cut-out.png", cut_out, icc_profile=swapped)
+    keyed = Image.new("RGB", (8, 4), (200, 60, 40))
+    keyed.paste((1, 2, 3), (4, 0, 8, 4))
+    put(tmp_path, "keyed.png", keyed, icc_profile=swapped, transparency=(1, 2, 3))
+    for name in ("cut-out", "keyed"):  # half of it transparent
+        left, right = (open_(tmp_path / f"{name}.png", 4).getpixel((x, 1)) for x in (0, 3))
+        assert near(left, (60, 200, 40), 2) and right == (255, 255, 255)
     seen = {path.stem: open_(path, 1).getpixel((0, 0)) for path in tmp_path.iterdir()}
     assert seen["broken"] == (200, 60, 40) and near(seen["srgb"], (200, 60, 40), 1)
     assert near(seen["swapped"], (60, 200, 40), 2)

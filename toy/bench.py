@@ -222,8 +222,8 @@ class Bench:
         try:
             start = time.time()
             with mock.patch.object(train, "Trainer", Watched), mock.patch.object(train, "preference_label", label):
-                if status := train.run(train.flags().parse_args(list(map(str, flags)))):
-                    sys.exit(status)
+                if train.run(train.flags().parse_args(list(map(str, flags)))):  # it has told of Ctrl-C, and ended well
+                    raise KeyboardInterrupt
             seconds = time.time() - start + Watched.last.spared
             self.note_choices(subject, seed, name, round(seconds, 1))
         finally:

@@ -50,6 +50,7 @@ def fit(
     `loss_of(number)` draws its batch from a number that only `seed` and the step decide, and torch's noise comes of it
     too: a resumed run sees what an unbroken one would see, and a run that goes on from another's weights sees new
     batches if it has another seed. `fixed` names the modules inside `network` that are not trained.
+    Raises ValueError if the run to resume had another seed.
     """
     network.to(device).train().requires_grad_(True)
     for module in fixed:
@@ -59,6 +60,8 @@ def fit(
     ema, first, path = EMA(network), 0, data.CACHE / f"{name}.pt"
     if path.exists():
         state = torch.load(path, weights_only=True, map_location="cpu")  # AdamW wants its step counts there
+        if (other := state.get("seed", 0)) != seed:
+            raise ValueError(f"{path} is of a run with --seed {other}: give the same one, or remove it")
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         ema.average = {key: tensor.to(device) for key, tensor in state["ema"].items()}
@@ -71,6 +74,7 @@ def fit(
             "ema": ema.average,
             "count": ema.count,
             "step": step,
+            "seed": seed,
         }
         torch.save(state, path.with_suffix(".partial"))
         os.replace(path.with_suffix(".partial"), path)
@@ -80,7 +84,7 @@ def fit(
     saved = time.time()
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=5)
     for step in bar:
-        number = seed * 1_000_000 + step
+        number = (seed * 1_000_000 + step) % 2**63  # torch's largest seed
         torch.manual_seed(number)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, step / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -11,10 +11,10 @@
     python -m toy.pretrain vae-refine      # optional: sharper pictures from almost the same latents
 
 Each command but the first goes on where it was stopped (its state is in toy/cache) and writes its part of weights/toy
-in the public layout, in half precision. `--go-on` starts from the weights that are there; give it another `--seed`, or
-it sees the batches again that they have learned from. On a GPU add `--device cuda` and a larger `--batch`; `--steps`
-sets the length. After `vae`, `vae-full` or `clip` the U-Net must be trained anew: it has learned other latents or other
-words.
+in the public layout, in half precision. `--go-on` starts from the weights that are there, as `vae-full`, `vae-refine`
+and `clip-pictures` always do; with the same `--seed` they see the same batches again. On a GPU add `--device cuda` and
+a larger `--batch`; `--steps` sets the length. After `vae`, `vae-full` or `clip` the U-Net must be trained anew: it has
+learned other latents or other words.
 """
 
 from __future__ import annotations
@@ -359,7 +359,7 @@ def main() -> int:
     add("--steps", type=cli.count, help="gradient steps (data: drawings)")
     add("--batch", type=cli.count, help="samples a step")
     add("--go-on", action="store_true", help="start from the weights in weights/toy, not from nothing")
-    add("--seed", type=cli.seed, default=0, help="of batches and noise: with --go-on give a new one (default: 0)")
+    add("--seed", type=cli.seed, default=0, help="of batches and noise; going on, give another (default: 0)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     return cli.guarded(lambda: run(args), lambda: "use a smaller --batch", interrupted="interrupted")
