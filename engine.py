@@ -123,10 +123,8 @@ def estimate(
                 inside = positions * sum(channels) * (OF_RESNET if isinstance(layer, ResNet) else OF_TRANSFORMER)[half]
                 kept[-1] += positions * channels[0] * (2 if half else 4) if checkpointed else inside
                 widest = max(widest, inside)
-    step = peak = sum(kept)
-    for a_kept, a_learned in zip(reversed(kept), reversed(learned), strict=True):  # backward() gives each for the other
-        step += 4 * a_learned - a_kept
-        peak = max(peak, step)
+    # When backward() is at block i: what those before it have kept, and the gradients of those from it on.
+    peak = max(sum(kept[:i]) + 4 * sum(learned[i:]) for i in range(len(kept) + 1))
     trained = sum(learned) if lora_rank else weights
     largest = max(parameter.numel() for parameter in unet.parameters()) * (2 if half else 4)
     parts = {

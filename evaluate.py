@@ -32,7 +32,7 @@ from metrics import Metrics
 from model.single_file import CONFIG_KEY
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
 from model.weights import CheckpointError, memory_is_full, read_json, read_metadata
-from pictures import check_page, drawn_with, picture_names, save_grid, save_pictures
+from pictures import check_page, drawn_with, grid, picture_names, save_png
 from record import digest, files_of_base, warn_if_unfinished
 from reward import lambda_harmonic
 from subject import DREAMBENCH_NOUNS, Subject, load_subject, open_photo
@@ -158,8 +158,9 @@ class Evaluator:
 
         text = drawn_with(**options, size=images[0].size, ckpt=job.ckpt, base=job.base[0], header=job.header)
         names = picture_names(prompts, seeds)
-        save_pictures(job.out, names, images, prompts, seeds, text)
-        save_grid(job.out, images, prompts, seeds, n, text)
+        for name, image, prompt, seed in zip(names, images, prompts, seeds, strict=True):
+            save_png(image, job.out / name, prompt, text, seed)
+        save_png(grid(images, n), job.out / "grid.png", "\n".join(job.subject.test_prompts), text, seeds[0])
         columns = {"prompt": prompts, "seed": seeds, "file": names} | scores
         result = {"subject": str(job.subject.folder), "pictures": str(job.out), "settings": settings}
         result["training"] = {name: value for name, value in sorted(job.header.items()) if name != CONFIG_KEY}

@@ -39,35 +39,6 @@ def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
     return [f"{stems[prompt]}-{seed}.png" for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
-def save_pictures(
-    folder: Path,
-    names: Sequence[str],
-    pictures: Sequence[Image.Image],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    settings: str,
-) -> None:
-    """A PNG a picture. names: from `picture_names`. prompts, seeds: each picture's own. settings: from `drawn_with`.
-
-    Raises ValueError if a file cannot be written.
-    """
-    for name, picture, prompt, seed in zip(names, pictures, prompts, seeds, strict=True):
-        save_png(picture, folder / name, f"{prompt}\n{settings}, Seed: {seed}")
-
-
-def save_grid(
-    folder: Path,
-    pictures: Sequence[Image.Image],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    columns: int,
-    settings: str,
-) -> None:
-    """grid.png, all pictures on a page. Raises ValueError if it cannot be written."""
-    text = "\n".join([*dict.fromkeys(prompts), f"{settings}, Seed: {seeds[0]}"])
-    save_png(grid(pictures, columns), folder / "grid.png", text)
-
-
 def check_page(folder: Path) -> None:
     """Raise ValueError if grid.png cannot be written there, or would replace a picture that we have not made."""
     path = folder / "grid.png"
@@ -79,10 +50,13 @@ def check_page(folder: Path) -> None:
         raise ValueError(f"{path} is a picture of yours, and would be replaced: give another --out")
 
 
-def save_png(picture: Image.Image, path: Path, parameters: str) -> None:
-    """A PNG with its settings in the text chunk "parameters"."""
+def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed: int) -> None:
+    """A PNG that says in the text chunk "parameters" how it was drawn; settings: from `drawn_with`.
+
+    Raises ValueError if it cannot be written.
+    """
     info = PngInfo()
-    info.add_text("parameters", parameters)
+    info.add_text("parameters", f"{prompt}\n{settings}, Seed: {seed}")
     write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
 
 

@@ -23,7 +23,7 @@ from model.scheduler import SAMPLERS
 from model.single_file import CONFIG_KEY
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
 from model.weights import CheckpointError, read_metadata
-from pictures import check_page, drawn_with, picture_names, save_grid, save_pictures
+from pictures import check_page, drawn_with, grid, picture_names, save_png
 from record import warn_if_unfinished
 
 DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
@@ -69,13 +69,14 @@ def run(args: argparse.Namespace) -> int:
                 part = slice(start, start + at_once)
                 drawn = sd.generate(texts[part], seeds[part], **options, size=size, batch_size=at_once)
                 settings = drawn_with(**options, size=drawn[0].size, ckpt=args.ckpt, base=base, header=header)
-                save_pictures(args.out, names[part], drawn, texts[part], seeds[part], settings)
+                for name, picture, text, seed in zip(names[part], drawn, texts[part], seeds[part], strict=True):
+                    save_png(picture, args.out / name, text, settings, seed)
                 pictures += drawn
                 bar.update(len(drawn))
     except KeyboardInterrupt:
         print(f"\ninterrupted: {len(pictures)} of {len(texts)} pictures are in {args.out}", file=sys.stderr)
         return 130
-    save_grid(args.out, pictures, texts, seeds, args.n, settings)
+    save_png(grid(pictures, args.n), args.out / "grid.png", "\n".join(prompts), settings, args.seed)
     print(f"{len(pictures)} pictures in {args.out}, all on one page in {args.out / 'grid.png'}")
     return 0
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 import cli
 from model.weights import write_whole
-from pictures import GAP, KEPT, PAPER, check_page, film_strip, grid, save_grid
+from pictures import GAP, KEPT, PAPER, check_page, film_strip, grid, save_png
 
 # ---------------------------------------------------------------------------------------------- arguments
 
@@ -233,7 +233,7 @@ def plain(*colour, side=16):
 
 
 def test_a_page_of_ours_may_be_replaced_however_large(tmp_path, monkeypatch):
-    save_grid(tmp_path, [plain(255, 0, 0)] * 4, ["a dog"] * 4, [0, 1, 2, 3], 2, "Steps: 1")
+    save_png(grid([plain(255, 0, 0)] * 4, 2), tmp_path / "grid.png", "a dog", "Steps: 1", 0)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
     check_page(tmp_path)
     (tmp_path / "grid.png").write_bytes(b"a picture of the user's")
