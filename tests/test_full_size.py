@@ -181,7 +181,7 @@ def norms(network):
 
 
 def heads(network):
-    """How many attentions there are of each number of heads (test_unet.py says where); the VAE's one is no setting."""
+    """How many attentions there are of each number of heads (test_unet.py says where)."""
     names = ["heads"] if isinstance(network, diffusers.ModelMixin) else ["heads", "num_heads", "num_attention_heads"]
     found = [getattr(m, name, None) for m in network.modules() for name in names]
     return Counter(each for each in found if isinstance(each, int))

@@ -97,15 +97,6 @@ def test_ddim_to_clean_is_diffusers():
     assert (ends[True] - ends[False]).abs().max() / ends[True].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [7, 20, 25, 30, 50, 333])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_timesteps_are_diffusers_for_every_spacing(sampler, steps, spacing):
-    reference = REFERENCES[sampler].from_config(SD | {"timestep_spacing": spacing})
-    reference.set_timesteps(steps)
-    assert scheduler(timestep_spacing=spacing).timesteps(steps, sampler) == reference.timesteps.tolist()
-
-
 @pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_timesteps_fall_and_exist_for_every_count(sampler, spacing):

@@ -88,25 +88,6 @@ def test_logvar_is_clamped(tmp_path):
     assert logvar[:, 0].max() == 20 and logvar[:, 1].min() == -30
 
 
-PUBLIC = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
-
-
-def test_public_size():
-    with torch.device("meta"):
-        ours, theirs = VAE(VAEConfig()), AutoencoderKL(**PUBLIC)
-    assert sum(p.numel() for p in ours.parameters()) == 83_653_863
-    assert len(ours.state_dict()) == 248
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    eps = {n: m.eps for n, m in theirs.named_modules() if isinstance(m, torch.nn.GroupNorm)}
-    assert {n: m.eps for n, m in ours.named_modules() if isinstance(m, torch.nn.GroupNorm)} == eps
-    assert ours.downscale == 8 and ours.config.scaling_factor == 0.18215
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_trains(autocast):
     torch.manual_seed(0)
@@ -121,24 +102,6 @@ def test_trains(autocast):
     dead = [n for n, p in vae.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
     assert not dead
     assert torch.equal(images, before)
-
-
-@pytest.mark.parametrize("damage", ["missing", "extra", "misshapen"])
-def test_a_key_that_does_not_fit_is_named(tmp_path, damage):
-    reference(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    key = "decoder.up_blocks.0.resnets.1.conv1.weight"
-    if damage == "missing":
-        del tensors[key]
-    elif damage == "extra":
-        key = "decoder.up_blocks.0.resnets.9.conv1.weight"
-        tensors[key] = torch.zeros(1)
-    else:
-        tensors[key] = tensors[key][:-1].contiguous()
-    save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(CheckpointError, match=key) as error:
-        VAE.from_pretrained(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
