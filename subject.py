@@ -187,10 +187,9 @@ def _find_photos(folder: Path) -> list[Path]:
             raise SubjectError(f"{folder} does not exist: give the folder that holds the subject's photos")
         if not folder.is_dir():
             raise SubjectError(f"{folder} is not a folder: give the folder that holds the subject's photos")
-        found = [path for path in folder.iterdir() if path.suffix.lower() in PHOTO_ENDINGS]
-        photos = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
-        others = [path for path in folder.iterdir() if path.suffix.lower() in UNREAD_ENDINGS]
-        unread = [path.name for path in others if not path.name.startswith(".") and not path.is_dir()]
+        files = [path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir()]
+        photos = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
+        unread = [path.name for path in files if path.suffix.lower() in UNREAD_ENDINGS]
     except OSError as error:
         raise SubjectError(f"{folder} cannot be read ({error.strerror}): check its permissions") from None
     if not photos:
