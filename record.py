@@ -38,6 +38,11 @@ except ImportError:  # Windows
 
 VERSION = "0.1.0"
 STATE = ".state.pt"
+TERMS = {  # the flags that a method's loss reads, for the checkpoint's header; a new method has its own
+    "rpo": ("lambda_train", "beta", "tau", "preference_weight"),
+    "dreambooth": ("prior_weight", "class_images"),
+    "dpg": ("prior_weight", "class_images", "dpg_reward"),
+}
 PAUSE = 20e-9  # seconds a byte between two states: of SD 1.5's whole U-Net 200 s, of the embedded one's 2
 
 
@@ -152,10 +157,7 @@ def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
     optional = ("variant", "resolution", "lora_rank")
     values |= {name: getattr(args, name) for name in optional if getattr(args, name)}
     values |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
-    terms = ("lambda_train", "beta", "tau", "preference_weight")
-    names = terms if args.method == "rpo" else ("prior_weight", "class_images")
-    names += ("dpg_reward",) if args.method == "dpg" else ()
-    names += ("images_per_prompt", "validate_every", "lambda_val", "mean", "keep_last")
+    names = TERMS[args.method] + ("images_per_prompt", "validate_every", "lambda_val", "mean", "keep_last")
     names += ("lr", "batch", "guidance", "solver_steps", "seed")
     return values | {name: getattr(args, name) for name in names}
 

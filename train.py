@@ -4,7 +4,7 @@
     python train.py --subject my_dog --noun dog --base sd15               # public weights, see README.md
     python train.py --subject data/dog --resume                           # go on, with the same flags as before
     python train.py --subject data/dog --method dreambooth --keep-last --ckpt dreambooth.safetensors    # to compare
-    torchrun --standalone --nproc_per_node=4 train.py --subject my_dog --noun dog   # 4 GPUs; --batch counts all pairs
+    torchrun --standalone --nproc_per_node=4 train.py --subject my_dog --noun dog --base sd15 --batch 4   # on 4 GPUs
 
 Writes best.safetensors (the U-Net of the best validation, in the public layout), best.jsonl (the history, a line a step
 or validation) and best.png (the film strip); --ckpt moves all of them.

@@ -1,4 +1,4 @@
-"""The seven ways in which the authors' released code differs from their paper, each with a test that fails if we do so.
+"""The ways in which the authors' released code differs from their paper, each with a test that fails if we do so.
 
 https://github.com/andrew-miao/RPO; the README lists them in the same order. The runs are those of test_train.py.
 """

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import call
 
-from subject import DREAMBENCH_PROMPTS, TRAINING_PROMPTS
+from subject import DREAMBENCH_PROMPTS, TRAINING_PROMPTS, load_subject
 from toy import check, world
 from toy.animals import ANIMALS, OUTFITS
 from toy.draw import CANVAS
@@ -224,10 +225,22 @@ def test_four_drawings_in_a_row_show_one_subject():
 
 
 def test_data_dog_is_the_worlds_own_reserved_dog():
-    photos = world.photos_of("dog", world.EXAMPLE_DOG)
+    photos = world.photos_of("dog", world.EXAMPLE)
     files = sorted((DATA / "dog").glob("*.png"))
     assert len(photos) == len(files) == 5
     for photo, file in zip(photos, files, strict=True):
         with Image.open(file) as saved:
             assert saved.mode == "RGB" and saved.size == (128, 128)
             assert saved.tobytes() == photo.tobytes(), f"{file.name} is not what world.photos_of draws"
+
+
+def test_a_new_subject_is_drawn_in_a_new_folder_named_after_its_kind(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "photos" / "stuffed_animal"
+    call(world, monkeypatch, "--photos", folder)
+    assert load_subject(folder).noun == "stuffed animal"
+    with Image.open(sorted(folder.iterdir())[4]) as last:
+        assert last.tobytes() == world.photos_of("stuffed animal", world.EXAMPLE)[4].tobytes()
+    for wrong, why in ((folder, "File exists"), (tmp_path / "horse", "no 'horse', but dog, cat")):
+        assert call(world, monkeypatch, "--photos", wrong) == 2
+        assert why in capsys.readouterr().err
+    assert len(list(folder.iterdir())) == 5

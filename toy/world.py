@@ -4,8 +4,8 @@ A `Subject` is one point of a continuous family, a `Picture` is what is drawn of
 draws it. Training subjects come from `training_subject(index)`; `reserved_subject(kind, index)` never takes part in any
 training: its seeds are others, and training skips every subject that shares its colours, collar and marking.
 
-    python -m toy.world sheet.png            # look at it
-    python -m toy.world --photos data/dog    # the example subject
+    python -m toy.world sheet.png               # look at it
+    python -m toy.world --photos data/teapot    # draw a subject, of the kind the folder is named after
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ COLLARS = ("red", "blue", "green", "yellow", "pink", "purple", "teal", "orange")
 NONCE_WORDS = ("[V]", "[V]", "[V]", "sks", "zwx", "ohwx", "qkv", "xjy")
 KINDS = (*ANIMALS, *THINGS)
 RESERVED_PER_KIND = 4
-EXAMPLE_DOG = 1  # white and brown, grey ears, green collar
+EXAMPLE = 1  # of each kind's reserved subjects; the dog is white and brown, with grey ears and a green collar
 
 
 @dataclass(frozen=True)
@@ -296,14 +296,19 @@ def photos_of(kind: str, index: int) -> list[Image.Image]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Look at the toy world, or write the example subject's photos.")
+    parser = argparse.ArgumentParser(description="Look at the toy world, or draw the five photos of a new subject.")
     parser.add_argument("sheet", nargs="?", default="world.png", help="where the sheet goes (default: world.png)")
-    parser.add_argument("--photos", type=Path, help="a folder: write data/dog's five drawings there instead")
+    parser.add_argument("--photos", type=Path, help="a new folder named after a kind, such as data/teapot: draw there")
     args = parser.parse_args()
-    if args.photos:
-        args.photos.mkdir(parents=True, exist_ok=True)
-        for i, photo in enumerate(photos_of("dog", EXAMPLE_DOG)):
-            photo.save(args.photos / f"{i:02d}.png")
+    if folder := args.photos:
+        if (kind := folder.name.replace("_", " ")) not in KINDS:
+            parser.error(f"--photos {folder}: the world has no {kind!r}, but {', '.join(KINDS)}")
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            parser.error(f"--photos {folder} cannot be made ({error.strerror}): name a new folder")
+        for i, photo in enumerate(photos_of(kind, EXAMPLE)):
+            photo.save(folder / f"{i:02d}.png")
         return
     drawings = []
     for i in range(0, 384, 4):
