@@ -164,7 +164,9 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 def base_name(base: Path) -> str:
     """A base model's folder as a checkpoint names it: "weights/toy" for the embedded one, wherever the project lies."""
-    return "weights/toy" if base.resolve() == EMBEDDED_BASE.resolve() else str(base.resolve())
+    if base.resolve() == EMBEDDED_BASE.resolve():
+        return "weights/toy"
+    return os.path.abspath(base)  # a link to a file stays one: its tokenizer/ is beside the link
 
 
 def base_folder(name: str) -> Path:
@@ -243,7 +245,8 @@ def check_writable(path: Path, size: int = 0) -> None:
     """Raise ValueError, before any work, if a file of `size` bytes cannot be written at `path`. Leaves nothing."""
     try:
         folder = path.parent
-        while not os.path.lexists(folder):  # write_whole makes what is missing, but a link that leads nowhere
+        # write_whole makes what is missing, but a link that leads nowhere, or a drive that is not there
+        while not os.path.lexists(folder) and folder != folder.parent:
             folder = folder.parent
         if path.is_dir():
             raise ValueError(f"{path} is a folder: give a file name")

@@ -5,8 +5,8 @@
     python evaluate.py --dreambench dreambooth/dataset --ckpt "runs/{subject}/best.safetensors"
 
 Draws the 25 test prompts, 4 images each, and writes best.eval.json (settings, networks, means, every image's numbers)
-and the pictures in best.eval/; the base alone is base-dog.eval, in the current folder. --dreambench does so for every
-subject of the public data set (google/dreambooth); the same command again goes on where it was interrupted. With
+and the pictures in best.eval/; the base alone is base-toy-dog.eval, in the current folder. --dreambench does so for
+every subject of the public data set (google/dreambooth); the same command again goes on where it was interrupted. With
 `torchrun --standalone --nproc_per_node=N evaluate.py --dreambench ...` N processes share the subjects out.
 """
 
@@ -195,9 +195,15 @@ def over_prompts(values: list[float], n: int) -> dict[str, float]:
     return {"mean": round(statistics.fmean(means), 6), "sd": round(statistics.stdev(means), 6)}
 
 
+def base_alone(args: argparse.Namespace) -> str:
+    """What the results of a base without a checkpoint are called: "base-toy", "base-sd15"."""
+    base = (args.base or cli.EMBEDDED_BASE).resolve()
+    return f"base-{base.stem if base.is_file() else base.name}"
+
+
 def run_one(args: argparse.Namespace, device: torch.device) -> int:
     ckpt = Path(args.ckpt) if args.ckpt else None
-    stem = ckpt.with_suffix("") if ckpt else Path(f"base-{args.subject.resolve().name}")
+    stem = ckpt.with_suffix("") if ckpt else Path(f"{base_alone(args)}-{args.subject.resolve().name}")
     job = plan(args, args.subject, ckpt, stem, args.out)
     subject, settings = job.subject, job.settings
     kind, guidance = "living subjects" if subject.live else "things", settings["guidance"]
@@ -219,7 +225,7 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
     if not names:
         raise ValueError(f"{args.dreambench} holds no subject of DreamBench: give google/dreambooth's folder dataset")
     print(f"{len(names)} of DreamBench's {len(DREAMBENCH_NOUNS)} subjects are in {args.dreambench}")
-    template, failed, jobs, rows = args.ckpt or "base/{subject}.none", {}, {}, {}
+    template, failed, jobs, rows = args.ckpt or f"{base_alone(args)}/{{subject}}", {}, {}, {}
     summary = Path(template.replace("{subject}", "dreambench")).with_suffix(".eval.json")
     cli.check_writable(summary)
 

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import cli
 from model.weights import write_whole
+from subject import PHOTO_ENDINGS
 
 GAP, INK, PAPER, KEPT = 4, (40, 40, 40), (255, 255, 255), (24, 140, 60)
 
@@ -40,14 +41,25 @@ def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
 
 
 def check_page(folder: Path) -> None:
-    """Raise ValueError if grid.png cannot be written there, or would replace a picture that we have not made."""
+    """Raise ValueError if grid.png cannot be written there, or would replace a picture that we have not made.
+
+    Without a grid.png there may be none of those at all: in a folder of photos train.py would take ours for more.
+    """
     path = folder / "grid.png"
     cli.check_writable(path)
     if path.is_file():
-        with open(path, "rb") as file:
-            if b"parameters\0" in file.read(1024):  # not with Pillow, to which our large pages are bombs
-                return
-        raise ValueError(f"{path} is a picture of yours, and would be replaced: give another --out")
+        if not _is_ours(path):
+            raise ValueError(f"{path} is a picture of yours, and would be replaced: give another --out")
+        return
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    for photo in (file for file in files if file.suffix.lower() in PHOTO_ENDINGS and file.is_file()):
+        if not _is_ours(photo):
+            raise ValueError(f"{photo} is a picture of yours, and {folder} no place for ours: give another --out")
+
+
+def _is_ours(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return b"parameters\0" in file.read(1024)  # not with Pillow, to which our large pages are bombs
 
 
 def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed: int) -> None:

@@ -12,6 +12,8 @@ import argparse
 import hashlib
 import json
 import math
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -125,7 +127,8 @@ class Record:
         """
         path, ours, changed = self.ckpt.with_suffix(STATE), self.settings, []
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            mmap = os.name != "nt"  # else every process reads all of it; Windows replaces no mapped file
+            state = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
             theirs = state["run"]
             changed = [f"{name} {theirs.get(name)} -> {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
             if not changed:
@@ -186,7 +189,7 @@ def digest(paths: list[Path]) -> str:
     """Tells files, and those of folders, apart by name, size, and all of 16 MiB, or one at 16 places to the last."""
     seen = hashlib.sha256()
     files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    for file in (file for file in files if file.is_file()):
+    for file in (file for file in files if file.is_file() and not file.name.startswith(".")):  # such as .DS_Store
         with open(file, "rb") as stream:
             seen.update(f"{file.name} {(size := file.stat().st_size)}\n".encode())
             for place in range(0, size, 2**20) if size <= 2**24 else [(size - 2**20) * i // 15 for i in range(16)]:
@@ -215,6 +218,10 @@ def alone(ckpt: Path) -> Iterator[None]:
             raise ValueError(f"another run is writing {ckpt}: wait for it, or give another --ckpt") from None
         except OSError:  # some network file systems have no locks
             pass
+        else:
+            for left in path.parent.iterdir():  # by a run that was killed in the midst of writing
+                if re.fullmatch(rf"\.{re.escape(ckpt.stem)}\.(safetensors|jsonl|png|state\.pt)\.\d+", left.name):
+                    left.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -233,13 +240,14 @@ def check_place(ckpt: Path, resume: bool, photos: Path) -> None:
         raise ValueError(f"--ckpt {ckpt} lies among the photos in {photos}: give another folder")
     for path in results:
         cli.check_writable(path)
+    there = [path for path in results if path.exists()]
+    ours = _is_result(ckpt) if ckpt.exists() else state.exists() or _is_history(history)
+    if there and not ours:
+        raise ValueError(f"{there[0]} is not train.py's, and would be replaced: move it, or give another --ckpt")
     if resume:
         if not state.is_file():
             raise ValueError(f"there is nothing to resume: {state} is missing")
         return
-    there = [path for path in results if path.exists()]
-    if there and not state.exists() and not (_is_result(ckpt) if ckpt.exists() else _is_history(history)):
-        raise ValueError(f"{there[0]} is not train.py's, and would be replaced: move it, or give another --ckpt")
     if there:
         names = ", ".join(map(str, there))
         print(f"{names}: will be replaced, from step 0 on; --ckpt NAME keeps them")

@@ -194,6 +194,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.learned.parameters(), 1.0)
         self.scaler.step(self.optimizer)  # unless fp16's gradients overflowed: then the scale is halved
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise FloatingPointError("the gradient overflows fp16 in every step: try --precision fp32")
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -231,7 +233,13 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the last state. Raises CheckpointError as Record.load_state does."""
+        fused = self.optimizer.defaults["fused"]
         self.first_step = self.record.load_state(self.learning()) + 1
+        for group in self.optimizer.param_groups:  # the state may be of another device
+            group["fused"] = fused
+        for weight, averages in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                averages[name] = torch.empty_like(weight).copy_(averages[name])  # in the weight's own layout
 
 
 def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Generator) -> Tensor:

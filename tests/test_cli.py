@@ -95,6 +95,13 @@ def test_base_names(tmp_path, monkeypatch):
     assert cli.base_folder(cli.base_name(tmp_path)) == tmp_path
 
 
+def test_a_link_to_a_base_stays_a_link(tmp_path, monkeypatch):
+    """Its tokenizer/ lies beside the link, not beside the file in some shared store."""
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    assert cli.base_name(Path("link.safetensors")) == str(tmp_path / "link.safetensors")
+
+
 def test_the_prediction_type_is_the_unets(tmp_path):
     """A whole U-Net brings its own to any base; a LoRA stands on the base's."""
     header = {"base": str(tmp_path), "prediction_type": "v_prediction"}
@@ -177,6 +184,12 @@ def test_check_writable_leaves_nothing(tmp_path):
     (tmp_path / "a.png").write_text("old", encoding="utf-8")
     cli.check_writable(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_text(encoding="utf-8") == "old"
+
+
+def test_check_writable_ends_where_the_drive_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)  # as of Z: on Windows, whose parent is Z:
+    cli.check_writable(Path("a") / "b.png")
 
 
 def test_check_writable_refuses(tmp_path, monkeypatch):

@@ -146,6 +146,27 @@ def test_fp16_clips_the_gradient_and_not_its_multiple(run, tmp_path):
     assert norms[0] != norms[1] == pytest.approx(norms[0], rel=0.1)
 
 
+def test_fp16_that_overflows_at_every_scale_ends_the_run(run, monkeypatch, capsys):
+    """GradScaler would halve its scale, and pass over steps, for ever; the run would end with the base's weights."""
+
+    class Small(torch.amp.GradScaler):
+        def __init__(self, device, enabled):
+            super().__init__(device, init_scale=2.0, enabled=enabled)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Small)
+    unscale = Small.unscale_
+
+    def unscale_(self, optimizer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.fill_(torch.inf)
+        unscale(self, optimizer)
+
+    monkeypatch.setattr(Small, "unscale_", unscale_)
+    assert run("--precision", "fp16", "--steps", 9) == 2
+    assert "try --precision fp32" in capsys.readouterr().err
+
+
 def test_fp16_passes_over_a_step_that_overflows(run, tmp_path, monkeypatch):
     """Its gradients times a scale so large are infinite: no NaN, no step, and half of the scale for the next."""
     scalers, kept = [], []

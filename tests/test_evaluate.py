@@ -276,14 +276,14 @@ def test_checkpoint_writes_what_it_says(run, ckpt, base, dog, asked, capsys):
 def test_base_alone(run, base, dog, asked, tmp_path, monkeypatch):
     assert run("--base", base, "--subject", dog) == 0
     files = files_in(tmp_path / "here")
-    assert files[:2] == ["base-dog.eval", "base-dog.eval.json"] and len(files) == 2 + 25 + 1
-    first = read("base-dog.eval.json")
+    assert files[:2] == ["base-base-dog.eval", "base-base-dog.eval.json"] and len(files) == 2 + 25 + 1
+    first = read("base-base-dog.eval.json")
     assert asked[0]["guidance"] == 7.5 and first["settings"]["ckpt"] is None
-    assert "Model: base, " in Image.open(Path("base-dog.eval") / first["images"][0]["file"]).text["parameters"]
+    assert "Model: base, " in Image.open(Path("base-base-dog.eval") / first["images"][0]["file"]).text["parameters"]
     monkeypatch.setattr(cli, "EMBEDDED_BASE", base)
     assert run("--subject", dog) == 0
-    assert read("base-dog.eval.json")["images"] == first["images"]
-    assert read("base-dog.eval.json")["settings"]["base"] == "weights/toy"
+    assert read("base-base-dog.eval.json")["images"] == first["images"]
+    assert read("base-base-dog.eval.json")["settings"]["base"] == "weights/toy"
 
 
 def test_same_command_same_files(run, ckpt, dog, tmp_path):
@@ -305,7 +305,7 @@ def test_batch_changes_nothing(run, base, dog):
     numbers = []
     for batch in (4, 25):
         assert run("--base", base, "--subject", dog, "--batch", batch) == 0
-        numbers.append([[row[name] for name in NAMES] for row in read("base-dog.eval.json")["images"]])
+        numbers.append([[row[name] for name in NAMES] for row in read("base-base-dog.eval.json")["images"]])
     assert np.abs(np.subtract(*numbers)).max() < 1e-3  # one grey level in some pixel, at most
 
 
@@ -354,10 +354,10 @@ def test_other_networks(run, base, dog, tmp_path):
     copy = Path(shutil.copytree(base, tmp_path / "public", ignore=shutil.ignore_patterns("metrics", "reward")))
     mine = [text for name in folders_of(base) for text in (f"--{name}", tmp_path / f"my-{name}")]
     assert run("--base", copy, "--subject", dog, *mine) == 0
-    result = read("base-dog.eval.json")
+    result = read("base-public-dog.eval.json")
     assert result["networks"]["dino"] == f"{tmp_path}/my-dino, ViT 1x32/16"
     assert run("--base", base, "--subject", dog) == 0
-    other = read("base-dog.eval.json")
+    other = read("base-base-dog.eval.json")
     for name in ("dino", "clip_i", "align_i"):
         assert (other["means"][name] == result["means"][name]) == (name != "dino")
 
@@ -523,7 +523,7 @@ def test_dreambench_survives_a_checkpoint_that_does_not_fit(run, bench, asked, t
 def test_dreambench_of_the_base_alone(run, bench, base, asked, tmp_path):
     assert run(*bench[:2], "--base", base, "--out", "mine") == 0
     names = ["cat2", "dog", "dreambench", "wolf_plushie"]
-    assert sorted(path.name for path in Path("base").glob("*.json")) == [f"{name}.eval.json" for name in names]
+    assert sorted(path.name for path in Path("base-base").glob("*.json")) == [f"{name}.eval.json" for name in names]
     assert sorted(path.name for path in Path("mine").iterdir()) == ["cat2", "dog", "wolf_plushie"]
 
 
@@ -632,9 +632,10 @@ def test_empty_folder_and_unwritable_places(run, base, dog, tmp_path, capsys):
     (tmp_path / "here" / "file").write_text("a file", encoding="utf-8")
     assert run("--base", base, "--subject", dog, "--out", "file") == 2
     assert "file" in error_line(capsys)
-    (tmp_path / "here" / "base-dog.eval.json").mkdir()
+    (tmp_path / "here" / "base-base-dog.eval.json").mkdir()
     assert run("--base", base, "--subject", dog) == 2
-    assert "base-dog.eval.json" in error_line(capsys) and files_in(tmp_path / "here") == ["base-dog.eval.json", "file"]
+    assert "base-base-dog.eval.json" in error_line(capsys)
+    assert files_in(tmp_path / "here") == ["base-base-dog.eval.json", "file"]
 
 
 def test_interrupted(run, base, dog, tmp_path, monkeypatch, capsys):

@@ -548,6 +548,25 @@ def test_a_grid_of_the_users_is_not_replaced(run, ckpt, asked, tmp_path, capsys)
     assert files_in(tmp_path / "outputs") == ["grid.png"] and not asked
 
 
+def test_among_the_users_photos_nothing_is_drawn(run, ckpt, asked, tmp_path, capsys):
+    """The next training would take the drawings for photos."""
+    photos = tmp_path / "my_dog"
+    photos.mkdir()
+    Image.new("RGB", (4, 4), "red").save(photos / "IMG_1.JPG", "JPEG")
+    assert run("--ckpt", ckpt, "--out", photos) == 2
+    assert "IMG_1.JPG" in (line := error_line(capsys)) and "--out" in line
+    assert files_in(photos) == ["IMG_1.JPG"] and not asked
+
+
+def test_where_our_pictures_are_more_may_be_drawn(run, ckpt, tmp_path):
+    """An interrupted run leaves no grid.png; and the user may have put something beside a finished one's."""
+    assert run("--ckpt", ckpt) == 0
+    (tmp_path / "outputs" / "grid.png").unlink()
+    assert run("--ckpt", ckpt) == 0
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "outputs" / "edited.jpg")
+    assert run("--ckpt", ckpt) == 0
+
+
 def test_a_file_without_its_tokenizer_says_where_to_get_it(base, run, tmp_path, capsys):
     assert run("--base", base, "--export-single", tmp_path / "whole.safetensors") == 0
     assert run("--base", tmp_path / "whole.safetensors") == 2

@@ -414,6 +414,46 @@ def test_resume_knows_a_base_by_what_it_holds(run, interrupted, base, capsys):
     assert run("--resume", "--base", base) == 0
 
 
+def test_a_hidden_file_in_the_base_makes_no_other_run(run, done, interrupted, base):
+    """Finder leaves one in a folder that it shows."""
+    for part in ("unet", "reward"):
+        (base / part / ".DS_Store").write_bytes(b"x")
+    try:
+        assert run("--resume") == 0
+    finally:
+        for part in ("unet", "reward"):
+            (base / part / ".DS_Store").unlink()
+    assert same_files(interrupted, done[0])
+
+
+def test_a_state_of_another_device_resumes(run, done, interrupted):
+    """Apple's GPUs have another memory layout than the CPU, and no fused AdamW: one keeps what the state says."""
+    state = torch.load(interrupted / STATE)
+    for averages in state["optimizer"]["state"].values():
+        averages |= {name: averages[name].contiguous() for name in ("exp_avg", "exp_avg_sq")}
+    for group in state["optimizer"]["param_groups"]:
+        assert group["fused"]
+        group["fused"] = False
+    torch.save(state, interrupted / STATE)
+    assert run("--resume") == 0
+    optimizer = Watched.last.optimizer
+    assert all(group["fused"] for group in optimizer.param_groups)
+    for weight, averages in optimizer.state.items():
+        assert averages["exp_avg"].stride() == averages["exp_avg_sq"].stride() == weight.stride()
+    assert same_files(interrupted, done[0])
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_state_does_not_give_away_what_came_into_the_results_place(run, interrupted, tmp_path, capsys, resume):
+    """Such as an export of sample.py, which is no result of train.py's."""
+    save_file({"x": torch.zeros(1)}, tmp_path / "best.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert run(*resume) == 2
+    assert "best.safetensors is not train.py's" in error_line(capsys)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_resume_without_the_weights_that_were_kept_is_refused(run, interrupted, capsys):
     state = (interrupted / STATE).read_bytes()
     (interrupted / "best.safetensors").rename(interrupted / "elsewhere")
@@ -543,11 +583,12 @@ def test_interrupted_while_loading(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "best.jsonl", "best.png", STATE])
-def test_failed_write_leaves_the_old_file_and_says_so(run, tmp_path, capsys, monkeypatch, name):
+def test_failed_write_leaves_the_old_file_and_says_so(run, done, tmp_path, capsys, monkeypatch, name):
     """The disk fills up when the second run has written the file and is about to rename it."""
-    for old in (*RESULT, STATE):
-        (tmp_path / old).write_text("old", encoding="utf-8")
-    replace = os.replace
+    for old in RESULT:
+        shutil.copy(done[0] / old, tmp_path / old)
+    (tmp_path / STATE).write_text("old", encoding="utf-8")
+    before, replace = (tmp_path / name).read_bytes(), os.replace
 
     def full(source, target):
         if Path(target).name == name:
@@ -558,8 +599,17 @@ def test_failed_write_leaves_the_old_file_and_says_so(run, tmp_path, capsys, mon
     assert run() == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "error: " in last and name in last and "No space left" in last
-    assert (tmp_path / name).read_text(encoding="utf-8") == "old"
+    assert (tmp_path / name).read_bytes() == before
     assert files_in(tmp_path) == sorted([*RESULT, STATE])
+
+
+def test_what_a_killed_run_left_half_written_goes_and_nothing_else(run, tmp_path):
+    left = [f".best.{ending}.1234" for ending in ("safetensors", "jsonl", "png", "state.pt")]
+    others = [".best.1234", ".best.png.old", ".best.txt.1234", ".other.png.1234"]
+    for name in (*left, *others):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    assert run() == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == others
 
 
 def test_killed_while_writing_the_state_resumes_from_the_one_before(run, done, tmp_path, monkeypatch):
