@@ -166,7 +166,7 @@ def base_name(base: Path) -> str:
     """A base model's folder as a checkpoint names it: "weights/toy" for the embedded one, wherever the project lies."""
     if base.resolve() == EMBEDDED_BASE.resolve():
         return "weights/toy"
-    return os.path.abspath(base)  # a link to a file stays one: its tokenizer/ is beside the link
+    return str(base.absolute())  # a link to a file stays one: its tokenizer/ is beside the link
 
 
 def base_folder(name: str) -> Path:

@@ -13,6 +13,7 @@ every subject of the public data set (google/dreambooth); the same command again
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -197,7 +198,7 @@ def over_prompts(values: list[float], n: int) -> dict[str, float]:
 
 def base_alone(args: argparse.Namespace) -> str:
     """What the results of a base without a checkpoint are called: "base-toy", "base-sd15"."""
-    base = (args.base or cli.EMBEDDED_BASE).resolve()
+    base = Path(os.path.abspath(args.base or cli.EMBEDDED_BASE))  # "." has no name
     return f"base-{base.stem if base.is_file() else base.name}"
 
 

@@ -43,7 +43,7 @@ def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
 def check_page(folder: Path) -> None:
     """Raise ValueError if grid.png cannot be written there, or would replace a picture that we have not made.
 
-    Without a grid.png there may be none of those at all: in a folder of photos train.py would take ours for more.
+    A folder without grid.png is refused if there are photos: the next training would take our pictures for more.
     """
     path = folder / "grid.png"
     cli.check_writable(path)
@@ -52,8 +52,9 @@ def check_page(folder: Path) -> None:
             raise ValueError(f"{path} is a picture of yours, and would be replaced: give another --out")
         return
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    for photo in (file for file in files if file.suffix.lower() in PHOTO_ENDINGS and file.is_file()):
-        if not _is_ours(photo):
+    for photo in (file for file in files if file.suffix.lower() in PHOTO_ENDINGS and not file.name.startswith(".")):
+        strip = photo.with_suffix(".jsonl").is_file()  # the film strip of a run
+        if photo.is_file() and not strip and not _is_ours(photo):
             raise ValueError(f"{photo} is a picture of yours, and {folder} no place for ours: give another --out")
 
 

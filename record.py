@@ -188,14 +188,18 @@ def files_of_base(base: Path) -> list[Path]:
 def digest(paths: list[Path]) -> str:
     """Tells files, and those of folders, apart by name, size, and all of 16 MiB, or one at 16 places to the last."""
     seen = hashlib.sha256()
-    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    for file in (file for file in files if file.is_file() and not file.name.startswith(".")):  # such as .DS_Store
+    files = [file for path in paths for file in (_visible(path) if path.is_dir() else [path])]
+    for file in (file for file in files if file.is_file()):
         with open(file, "rb") as stream:
             seen.update(f"{file.name} {(size := file.stat().st_size)}\n".encode())
             for place in range(0, size, 2**20) if size <= 2**24 else [(size - 2**20) * i // 15 for i in range(16)]:
                 stream.seek(place)
                 seen.update(stream.read(2**20))
     return seen.hexdigest()[:16]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if not file.name.startswith("."))  # no .DS_Store
 
 
 @contextmanager

@@ -238,6 +238,7 @@ class Trainer:
         for group in self.optimizer.param_groups:  # the state may be of another device
             group["fused"] = fused
         for weight, averages in self.optimizer.state.items():
+            averages["step"] = averages["step"].to(weight.device if fused else "cpu", copy=True)
             for name in ("exp_avg", "exp_avg_sq"):
                 averages[name] = torch.empty_like(weight).copy_(averages[name])  # in the weight's own layout
 

@@ -567,6 +567,12 @@ def test_where_our_pictures_are_more_may_be_drawn(run, ckpt, tmp_path):
     assert run("--ckpt", ckpt) == 0
 
 
+def test_a_runs_own_folder_is_no_folder_of_photos(run, ckpt, tmp_path):
+    for name in ("best.png", "best.jsonl", "._IMG_1.jpg"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    assert run("--ckpt", ckpt, "--out", tmp_path) == 0
+
+
 def test_a_file_without_its_tokenizer_says_where_to_get_it(base, run, tmp_path, capsys):
     assert run("--base", base, "--export-single", tmp_path / "whole.safetensors") == 0
     assert run("--base", tmp_path / "whole.safetensors") == 2
