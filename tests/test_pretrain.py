@@ -1,6 +1,7 @@
 """The training loop of the embedded base: it learns, and a resumed run ends as an unbroken one does."""
 
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from model.vae import VAE, VAEConfig
 from model.weights import config_from
-from toy import data, loop, pretrain, world
+from toy import adversary, contrastive, data, loop, pretrain, world
 from toy.networks import write_part
 
 
@@ -56,8 +57,12 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole if name != "loss")
 
 
-def test_a_resumed_refinement_stays_near_the_same_vae(tmp_path, monkeypatch):
-    """While it runs, weights/toy is replaced by what it has learned, and must not become what it is held to."""
+@pytest.mark.parametrize("stage", ["vae-refine", "vae-sharpen"])
+def test_what_goes_on_with_the_vae_can_be_resumed(stage, tmp_path, monkeypatch):
+    """While it runs, weights/toy is replaced by what it has learned: refining, it must not be held to that.
+
+    Sharpening leaves the encoder, and with it the latents that the U-Net knows, as they are to the bit.
+    """
     sizes = {"block_out_channels": [4, 4, 4, 4], "norm_num_groups": 2}
     monkeypatch.setattr(pretrain, "VAE_CONFIG", pretrain.VAE_CONFIG | sizes)
     monkeypatch.setattr(pretrain, "WEIGHTS", weights := tmp_path / "weights")
@@ -68,22 +73,27 @@ def test_a_resumed_refinement_stays_near_the_same_vae(tmp_path, monkeypatch):
     begin = VAE(config_from(VAEConfig, pretrain.VAE_CONFIG)).state_dict()
     clock = iter(range(0, 100_000, 1000))  # a checkpoint after every step
     monkeypatch.setattr(loop, "time", SimpleNamespace(time=lambda: next(clock)))
+    train, _, _ = pretrain.PARTS[stage]
 
-    def refined(stop_at: int | None = None) -> dict[str, torch.Tensor]:
-        if not (tmp_path / "vae-refine.pt").exists():
+    def trained(stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        if not (tmp_path / f"{stage}.pt").exists():
             write_part(weights / "vae", pretrain.VAE_CONFIG, begin, "diffusion_pytorch_model.safetensors")
+        torch.manual_seed(0)  # of the adversary
         with monkeypatch.context() as patch:
             if stop_at:
                 pixels = iter(range(100))
                 patch.setattr(data.Data, "pixels", stopping(data.Data.pixels, pixels, stop_at))
-            pretrain.train_vae(6, 2, "cpu", stage="vae-refine")
+            train(6, 2, "cpu")
         return load_file(weights / "vae" / "diffusion_pytorch_model.safetensors")
 
-    whole = refined()
+    whole = trained()
     with pytest.raises(KeyboardInterrupt):
-        refined(stop_at=3)
-    resumed = refined()
+        trained(stop_at=4)
+    resumed = trained()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert not torch.equal(whole["decoder.conv_out.weight"], begin["decoder.conv_out.weight"].half())
+    for name in filter(re.compile(r"encoder\.|quant_conv\.").match, whole if stage == "vae-sharpen" else ()):
+        assert torch.equal(whole[name], begin[name].half())
 
 
 def stopping(pixels, calls, stop_at: int):
@@ -164,15 +174,15 @@ def test_fixed_modules_stay():
 
 def test_contrast_is_lowest_for_partners_and_leaves_out_possible_ones():
     features = torch.eye(4)
-    loss, right = pretrain.contrast(features, features, 0.1)
+    loss, right = contrastive.contrast(features, features, 0.1)
     assert right == 1.0
-    worse, wrong = pretrain.contrast(features, features.flip(0), 0.1)
+    worse, wrong = contrastive.contrast(features, features.flip(0), 0.1)
     assert worse > loss
     assert wrong == 0.0
     twins = torch.cat([features[:2], features[:2]])  # rows 0 and 2 are the same, 1 and 3 too
     same = torch.tensor([[i % 2 == j % 2 for j in range(4)] for i in range(4)])
-    alone, right = pretrain.contrast(twins, twins, 0.1, same)
-    assert alone < pretrain.contrast(twins, twins, 0.1)[0]
+    alone, right = contrastive.contrast(twins, twins, 0.1, same)
+    assert alone < contrastive.contrast(twins, twins, 0.1)[0]
     assert right == 1.0
 
 
@@ -202,13 +212,51 @@ def test_latents_are_kept_only_while_drawings_and_encoder_are_the_same():
     assert drawings.asked == 3
 
 
+def test_the_adversary_pulls_as_strongly_as_is_said_and_each_side_has_its_own_gradient():
+    torch.manual_seed(0)
+    judge, drawings = adversary.Adversary(4), torch.rand(2, 3, 32, 32) * 2 - 1
+    decoded = (drawings + 0.3 * torch.randn_like(drawings)).requires_grad_(True)
+    error = 7 * (decoded - drawings).square().mean()
+    loss, hinge = adversary.sharpened(error, decoded, drawings, judge)
+
+    def pull(of: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(of, decoded, retain_graph=True, allow_unused=True)[0]
+
+    there = pull(loss - error).norm() / pull(error).norm()
+    both = adversary.FOOL + adversary.MATCH
+    assert both - 2 * adversary.FOOL - 1e-4 <= there <= both + 1e-4  # the two pulls may go against each other
+    assert pull(hinge) is None
+    weights = list(judge.parameters())
+    assert all(each is None for each in torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True))
+    assert sum(each.abs().sum() > 0 for each in torch.autograd.grad(hinge, weights)) >= len(weights) - 1
+
+
+def test_the_adversary_learns_to_tell_a_smear_from_a_drawing():
+    torch.manual_seed(0)
+    judge = adversary.Adversary(8)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3)
+
+    def pair() -> tuple[torch.Tensor, torch.Tensor]:
+        drawings = (torch.rand(8, 3, 8, 8) > 0.5).float().repeat_interleave(8, 2).repeat_interleave(8, 3) * 2 - 1
+        return drawings, torch.nn.functional.avg_pool2d(drawings, 5, 1, 2).requires_grad_(True)
+
+    for _ in range(60):
+        drawings, smeared = pair()
+        _, hinge = adversary.sharpened((smeared - drawings).square().mean(), smeared, drawings, judge)
+        optimizer.zero_grad()
+        hinge.backward()
+        optimizer.step()
+    drawings, smeared = pair()
+    assert judge(drawings)[0].mean() > 0 > judge(smeared)[0].mean()
+
+
 def test_other_kinds_exchange_the_noun_and_nothing_else():
     """The clothes may name a kind too: "glasses"."""
     texts = ["a dog wearing pink glasses", "a photo of a stuffed animal", "an orange boot with a blue trim on the Moon"]
     rests = [("a ", " wearing pink glasses"), ("a photo of a ", ""), ("an orange ", " with a blue trim on the Moon")]
     for seed in range(20):
         for text, swapped, (before, after) in zip(
-            texts, pretrain.other_kinds(texts, random.Random(seed)), rests, strict=True
+            texts, contrastive.other_kinds(texts, random.Random(seed)), rests, strict=True
         ):
             assert swapped != text
             assert swapped.startswith(before) and swapped.endswith(after)
@@ -219,7 +267,7 @@ def test_tell_kinds_is_low_where_the_kind_and_the_caption_are_nearest():
     names = torch.eye(len(world.KINDS))
     texts = ["a cat on the beach", "a boot on the beach"]
     image = names[[world.KINDS.index("cat"), world.KINDS.index("boot")]]
-    loss, right = pretrain.tell_kinds(image, image, -image, names, texts, 0.1)
+    loss, right = contrastive.tell_kinds(image, image, -image, names, texts, 0.1)
     assert right == 1.0 and loss < 0.01
-    other, right = pretrain.tell_kinds(image.flip(0), image, image, names, texts, 0.1)
+    other, right = contrastive.tell_kinds(image.flip(0), image, image, names, texts, 0.1)
     assert right == 0.0 and other > 5

@@ -1,6 +1,6 @@
 """The sizes of weights/toy's networks, and its files in the public layout: configurations, tokenizers, scheduler.
 
-The whole is about 14 million numbers, under 32 MiB in half precision. Only numbers differ from the public models'
+The whole is about 15 million numbers, under 32 MiB in half precision. Only numbers differ from the public models'
 config.json files; the classes are the same.
 """
 
@@ -26,7 +26,7 @@ VAE_CONFIG = {
     "in_channels": 3,
     "out_channels": 3,
     "latent_channels": 4,
-    "layers_per_block": 1,
+    "layers_per_block": 2,
     "norm_num_groups": 16,
     "sample_size": world.SIZE,
     "scaling_factor": 0.18215,

@@ -8,13 +8,14 @@
     python -m toy.pretrain align           # the reward
     python -m toy.pretrain dino            # a metric
     python -m toy.pretrain unet
-    python -m toy.pretrain vae-refine      # optional: sharper pictures from almost the same latents
+    python -m toy.pretrain vae-refine      # optional: better pictures from almost the same latents
+    python -m toy.pretrain vae-sharpen     # clear lines, from the very same latents
 
 Each command but the first goes on where it was stopped (its state is in toy/cache) and writes its part of weights/toy
-in the public layout, in half precision. `--go-on` starts from the weights that are there, as `vae-full`, `vae-refine`
-and `clip-pictures` always do; with the same `--seed` they see the same batches again. On a GPU add `--device cuda` and
-a larger `--batch`; `--steps` sets the length. After `vae`, `vae-full` or `clip` the U-Net must be trained anew: it has
-learned other latents or other words.
+in the public layout, in half precision. `--go-on` starts from the weights that are there, as `vae-full`, `vae-refine`,
+`vae-sharpen` and `clip-pictures` always do; with the same `--seed` they see the same batches again. On a GPU add
+`--device cuda` and a larger `--batch`; `--steps` sets the length. After `vae`, `vae-full` or `clip` the U-Net must be
+trained anew: it has learned other latents or other words.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import argparse
 import copy
 import math
 import random
-import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -44,7 +44,8 @@ from model.tokenizer import BertTokenizer, CLIPTokenizer
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
 from model.weights import config_from, read_json, save_tensors
-from toy import world
+from toy.adversary import Adversary, sharpened
+from toy.contrastive import NAMES, contrast, equal_texts, other_kinds, tell_kinds
 from toy.data import CACHE, Data, encoded, make_data
 from toy.loop import fit
 from toy.networks import (
@@ -61,10 +62,6 @@ from toy.networks import (
     write_part,
     write_scheduler,
 )
-
-KIND = re.compile(rf"\b({'|'.join(world.KINDS)})\b")  # in a caption it stands before all else that could match
-NAMES = [f"a photo of a {kind}" for kind in world.KINDS]
-
 
 # ---------------------------------------------------------------------------------------------------- the VAE
 
@@ -131,56 +128,44 @@ def train_vae(steps: int, batch: int, device: str, go_on: bool = False, seed: in
     fit(stage, vae, loss_of, steps, lr, device, save, seed=seed)
 
 
-# ---------------------------------------------------------------------------------------------------- contrastive
+def train_decoder(steps: int, batch: int, device: str, go_on: bool = False, seed: int = 0) -> None:
+    """Log MSE a picture, as in "vae-refine", and an adversary; the encoder stays, and with it the U-Net's latents.
 
-
-def contrast(a: Tensor, b: Tensor, temperature: Tensor | float, same: Tensor | None = None) -> tuple[Tensor, float]:
-    """InfoNCE both ways between rows of a and b (CLIP, arXiv 2103.00020), and how often the partner is nearest.
-
-    same (n, n) bool: pairs that are not partners but might be, which are left out.
+    Every other picture's latents, of variance 1 or so, get noise: those that the U-Net draws are not exact either.
     """
-    with torch.autocast(a.device.type, enabled=False):  # bf16 has two digits, and the temperature is a hundredth
-        logits = F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T / temperature
-    if same is not None:
-        logits = logits.masked_fill(same & ~torch.eye(len(a), dtype=torch.bool, device=a.device), -torch.inf)
-    target = torch.arange(len(a), device=a.device)
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    return loss, (logits.argmax(1) == target).float().mean().item()
+    data = Data(device)
+    vae = VAE.from_pretrained(WEIGHTS / "vae").to(device, memory_format=torch.channels_last)
+    means, stds = encoded(data, vae, device, count := min(len(data), 32_000))
+    pair = nn.ModuleDict({"vae": vae, "adversary": Adversary().to(memory_format=torch.channels_last)})
+
+    def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(number)
+        chosen = [rng.randrange(count) for _ in range(batch)]
+        drawings, mean, std = data.pixels(chosen), means[chosen].float(), stds[chosen].float()
+        noise = 0.15 * torch.rand(batch, 1, 1, 1, device=device)
+        noise[::2] = 0
+        z = mean + std * torch.randn_like(mean) + noise * torch.randn_like(mean)
+        decoded = vae.decode(z / vae.config.scaling_factor).float()
+        psnr = 10 * math.log10(4) - 10 * (decoded - drawings).square().mean((1, 2, 3)).log10().mean()
+        loss, hinge = sharpened(-psnr / 4, decoded, drawings, pair["adversary"])
+        return loss + hinge, {"psnr": psnr.item(), "hinge": hinge.item()}
+
+    def save(tensors: dict[str, Tensor]) -> None:
+        config = read_json(WEIGHTS / "vae" / "config.json")
+        vae_alone = {name.removeprefix("vae."): tensor for name, tensor in tensors.items() if name.startswith("vae.")}
+        write_part(WEIGHTS / "vae", config, vae_alone, "diffusion_pytorch_model.safetensors")
+
+    fixed = [vae.encoder, vae.quant_conv]
+    fit("vae-sharpen", pair, loss_of, steps, 8e-4, device, save, fixed=fixed, seed=seed)
+
+
+# ---------------------------------------------------------------------------------------------------- contrastive
 
 
 def crowd(phrases: list[list[int]], kinds: list[list[int]], count: int, rng: random.Random) -> list[int]:
     """A batch of drawings: half are of four phrases only, so that the subjects must be told apart; half of any kind."""
     few = [rng.choice(group) for group in rng.sample(phrases, 4) for _ in range(count // 8)]
     return few + [rng.choice(rng.choice(kinds)) for _ in range(count - len(few))]
-
-
-def other_kinds(texts: list[str], rng: random.Random) -> list[str]:
-    """Each caption with another kind in the place of its own."""
-    return [KIND.sub(lambda own: rng.choice([kind for kind in world.KINDS if kind != own[0]]), t, 1) for t in texts]
-
-
-def tell_kinds(
-    image: Tensor, text: Tensor, swapped: Tensor, names: Tensor, texts: list[str], temperature: Tensor
-) -> tuple[Tensor, float]:
-    """What is in the picture: its kind among the names of all kinds, and its caption against the swapped one.
-
-    A batch holds few pictures of the same scene, colours and clothes, so that the kind alone would hardly be learned.
-    The second term is NegCLIP's (arXiv 2210.01936). Also returns how often the kind is right.
-    """
-    image, text, swapped, names = (F.normalize(part.float(), dim=1) for part in (image, text, swapped, names))
-    kinds = torch.tensor([world.KINDS.index(KIND.search(text)[0]) for text in texts], device=image.device)
-    with torch.autocast(image.device.type, enabled=False):
-        logits = image @ names.T / temperature
-    apart = (image * (text - swapped)).sum(1) / temperature
-    right = (logits.argmax(1) == kinds).float().mean().item()
-    return F.cross_entropy(logits, kinds) + F.softplus(-apart).mean(), right
-
-
-def equal_texts(texts: list[str], device: str) -> Tensor:
-    """(n, n) bool: which captions are the same words."""
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    rows = torch.tensor([number[text] for text in texts], device=device)
-    return rows[:, None] == rows
 
 
 def standardized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -335,6 +320,7 @@ PARTS = {
     "vae": (train_vae, 5200, 16),
     "vae-full": (partial(train_vae, stage="vae-full"), 1200, 4),
     "vae-refine": (partial(train_vae, stage="vae-refine"), 3000, 4),
+    "vae-sharpen": (train_decoder, 4000, 4),
     "clip": (train_clip, 2500, 96),
     "clip-pictures": (partial(train_clip, stage="clip-pictures"), 2000, 96),
     "align": (train_align, 1350, 96),
