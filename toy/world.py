@@ -5,7 +5,7 @@ draws it. Training subjects come from `training_subject(index)`; `reserved_subje
 training: its seeds are others, and training skips every subject that shares its colours, collar and marking.
 
     python -m toy.world sheet.png               # look at it
-    python -m toy.world --photos data/teapot    # draw a subject, of the kind the folder is named after
+    python -m toy.world --photos data/cat       # draw a subject, of the kind the folder is named after
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ def photos_of(kind: str, index: int) -> list[Image.Image]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Look at the toy world, or draw the five photos of a new subject.")
     parser.add_argument("sheet", nargs="?", default="world.png", help="where the sheet goes (default: world.png)")
-    parser.add_argument("--photos", type=Path, help="a new folder named after a kind, such as data/teapot: draw there")
+    parser.add_argument("--photos", type=Path, help="a new folder named after a kind, such as data/cat: draw there")
     args = parser.parse_args()
     if folder := args.photos:
         if (kind := folder.name.replace("_", " ")) not in KINDS:
