@@ -83,6 +83,11 @@ def anchor_of(vae: VAE) -> VAE:
     return anchor
 
 
+def mean_psnr(error: Tensor) -> Tensor:
+    """The mean over pictures (B, 3, H, W), whose values reach from -1 to 1, of the PSNR in dB; 0-d."""
+    return 10 * math.log10(4) - 10 * error.square().mean((1, 2, 3)).log10().mean()
+
+
 def train_vae(steps: int, batch: int, device: str, go_on: bool = False, seed: int = 0, stage: str = "vae") -> None:
     """L1 + MSE + a little KL, in stages. "vae": random 64-pixel crops, a quarter of the cost. "vae-full": goes on
     with whole pictures. "vae-refine": goes on with log MSE a picture, that is PSNR, so that a plain picture counts as
@@ -104,7 +109,7 @@ def train_vae(steps: int, batch: int, device: str, go_on: bool = False, seed: in
         error = vae.decode(z).float() - pixels
         if refine:
             moved = torch.cat([mean, logvar], 1) - torch.cat(before.encode(pixels), 1).float()
-            psnr = 10 * math.log10(4) - 10 * error.square().mean((1, 2, 3)).log10().mean()
+            psnr = mean_psnr(error)
             anchor = moved.square().mean()
             return 10 * anchor - psnr / 4, {"psnr": psnr.item(), "moved": anchor.item() ** 0.5}
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / batch
@@ -146,7 +151,7 @@ def train_decoder(steps: int, batch: int, device: str, go_on: bool = False, seed
         noise[::2] = 0
         z = mean + std * torch.randn_like(mean) + noise * torch.randn_like(mean)
         decoded = vae.decode(z / vae.config.scaling_factor).float()
-        psnr = 10 * math.log10(4) - 10 * (decoded - drawings).square().mean((1, 2, 3)).log10().mean()
+        psnr = mean_psnr(decoded - drawings)
         loss, hinge = sharpened(-psnr / 4, decoded, drawings, pair["adversary"])
         return loss + hinge, {"psnr": psnr.item(), "hinge": hinge.item()}
 
