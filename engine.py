@@ -63,6 +63,20 @@ def prepare_networks(args: argparse.Namespace, sd: StableDiffusion, unet: UNet, 
         compile_networks({unet, base_unet}, sd.device)
 
 
+def own_averages(optimizer: torch.optim.Optimizer) -> None:
+    """Make AdamW's averages, just loaded, its own: they may be of another device, and parts of a mapped file.
+
+    `fused` and the memory layout came with them, and on this one might fail, or be slow.
+    """
+    fused = optimizer.defaults["fused"]
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    for weight, averages in optimizer.state.items():
+        averages["step"] = averages["step"].to(weight.device if fused else "cpu", copy=True)
+        for name in ("exp_avg", "exp_avg_sq"):
+            averages[name] = torch.empty_like(weight).copy_(averages[name])  # in the weight's layout
+
+
 def numbers(row: dict[str, Tensor]) -> dict[str, float]:
     """The mean of each tensor, in one transfer: asking a GPU for each would make it wait as many times."""
     values = torch.stack([value.float().mean() for value in row.values()]).tolist()

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import cli
 from model.weights import write_whole
-from subject import PHOTO_ENDINGS
+from subject import PHOTO_ENDINGS, visible_files
 
 GAP, INK, PAPER, KEPT = 4, (40, 40, 40), (255, 255, 255), (24, 140, 60)
 
@@ -51,10 +51,9 @@ def check_page(folder: Path) -> None:
         if not _is_ours(path):
             raise ValueError(f"{path} is a picture of yours, and would be replaced: give another --out")
         return
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    for photo in (file for file in files if file.suffix.lower() in PHOTO_ENDINGS and not file.name.startswith(".")):
+    for photo in visible_files(folder) if folder.is_dir() else []:
         strip = photo.with_suffix(".jsonl").is_file()  # the film strip of a run
-        if photo.is_file() and not strip and not _is_ours(photo):
+        if photo.suffix.lower() in PHOTO_ENDINGS and photo.is_file() and not strip and not _is_ours(photo):
             raise ValueError(f"{photo} is a picture of yours, and {folder} no place for ours: give another --out")
 
 

@@ -31,7 +31,7 @@ from model.single_file import CONFIG_KEY
 from model.stable_diffusion import home_of
 from model.weights import CheckpointError, memory_is_full, read_metadata, save_tensors, write_whole
 from pictures import film_strip
-from subject import Subject
+from subject import Subject, visible_files
 
 try:
     import fcntl
@@ -188,7 +188,7 @@ def files_of_base(base: Path) -> list[Path]:
 def digest(paths: list[Path]) -> str:
     """Tells files, and those of folders, apart by name, size, and all of 16 MiB, or one at 16 places to the last."""
     seen = hashlib.sha256()
-    files = [file for path in paths for file in (_visible(path) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (visible_files(path) if path.is_dir() else [path])]
     for file in (file for file in files if file.is_file()):
         with open(file, "rb") as stream:
             seen.update(f"{file.name} {(size := file.stat().st_size)}\n".encode())
@@ -196,10 +196,6 @@ def digest(paths: list[Path]) -> str:
                 stream.seek(place)
                 seen.update(stream.read(2**20))
     return seen.hexdigest()[:16]
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if not file.name.startswith("."))  # no .DS_Store
 
 
 @contextmanager

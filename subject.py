@@ -187,7 +187,7 @@ def _find_photos(folder: Path) -> list[Path]:
             raise SubjectError(f"{folder} does not exist: give the folder that holds the subject's photos")
         if not folder.is_dir():
             raise SubjectError(f"{folder} is not a folder: give the folder that holds the subject's photos")
-        files = [path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir()]
+        files = visible_files(folder)
         photos = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
         unread = [path.name for path in files if path.suffix.lower() in UNREAD_ENDINGS]
     except OSError as error:
@@ -197,7 +197,13 @@ def _find_photos(folder: Path) -> list[Path]:
         raise SubjectError(f"{folder} holds no photos ({endings}): put 4 to 6 there, converting others such as .heic")
     if unread:
         print(f"note: not read, convert them to .jpg: {', '.join(sorted(unread))}")
-    return sorted(photos, key=lambda path: path.name)
+    return photos
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """What lies in a folder but folders and hidden files, such as .DS_Store, in order of the names."""
+    files = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    return sorted(files, key=lambda path: path.name)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

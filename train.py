@@ -233,14 +233,8 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the last state. Raises CheckpointError as Record.load_state does."""
-        fused = self.optimizer.defaults["fused"]
         self.first_step = self.record.load_state(self.learning()) + 1
-        for group in self.optimizer.param_groups:  # the state may be of another device
-            group["fused"] = fused
-        for weight, averages in self.optimizer.state.items():
-            averages["step"] = averages["step"].to(weight.device if fused else "cpu", copy=True)
-            for name in ("exp_avg", "exp_avg_sq"):
-                averages[name] = torch.empty_like(weight).copy_(averages[name])  # in the weight's own layout
+        engine.own_averages(self.optimizer)
 
 
 def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Generator) -> Tensor:

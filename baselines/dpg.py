@@ -28,7 +28,6 @@ How this differs from the paper's setting, for it is compared in our loop, with 
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import NamedTuple
 
@@ -36,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from engine import own_averages
 
 GAMMA = 0.9986
 REWARDS = ("look-forward", "dino")
@@ -177,7 +178,8 @@ class DPG:
     def load_state_dict(self, state: dict) -> None:
         """The counterpart of `state_dict`. torch raises if the state is of another critic."""
         self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # not of the mapped file
+        self.optimizer.load_state_dict(state["optimizer"])
+        own_averages(self.optimizer)
 
     def _check(self, loss_ref, loss_drawn, x_0_hat, x_0, t, dino) -> None:
         if x_0_hat.shape != x_0.shape or x_0_hat.ndim != 4 or len(x_0_hat) == 0:

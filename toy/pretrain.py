@@ -83,6 +83,11 @@ def anchor_of(vae: VAE) -> VAE:
     return anchor
 
 
+def share_of(data: Data, device: str) -> int:
+    """How many of the drawings are encoded for what learns from latents: on a GPU all."""
+    return len(data) if device != "cpu" else min(len(data), 32_000)
+
+
 def mean_psnr(error: Tensor) -> Tensor:
     """The mean over pictures (B, 3, H, W), whose values reach from -1 to 1, of the PSNR in dB; 0-d."""
     return 10 * math.log10(4) - 10 * error.square().mean((1, 2, 3)).log10().mean()
@@ -140,7 +145,7 @@ def train_decoder(steps: int, batch: int, device: str, go_on: bool = False, seed
     """
     data = Data(device)
     vae = VAE.from_pretrained(WEIGHTS / "vae").to(device, memory_format=torch.channels_last)
-    means, stds = encoded(data, vae, device, count := min(len(data), 32_000))
+    means, stds = encoded(data, vae, device, count := share_of(data, device))
     pair = nn.ModuleDict({"vae": vae, "adversary": Adversary().to(memory_format=torch.channels_last)})
 
     def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
@@ -286,8 +291,7 @@ def train_unet(steps: int, batch: int, device: str, go_on: bool = False, seed: i
     """
     data = Data(device)
     vae = VAE.from_pretrained(WEIGHTS / "vae").to(device, memory_format=torch.channels_last)
-    count = len(data) if device != "cpu" else min(len(data), 32_000)
-    means, stds = encoded(data, vae, device, count)
+    means, stds = encoded(data, vae, device, count := share_of(data, device))
     kinds = data.by_kind(count)
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
     text_encoder = CLIPTextEncoder.from_pretrained(WEIGHTS / "text_encoder").to(device)
