@@ -26,17 +26,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import cli
-import engine
-import parallel
 from metrics import Metrics
-from model.single_file import CONFIG_KEY
+from model.files.config import read_json
+from model.files.errors import CheckpointError, is_out_of_memory
+from model.files.single_file import CONFIG_KEY
+from model.files.tensors import read_metadata
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
-from model.weights import CheckpointError, memory_is_full, read_json, read_metadata
-from pictures import check_page, drawn_with, grid, picture_names, save_png
-from record import digest, files_of_base, warn_if_unfinished
 from reward import lambda_harmonic
 from subject import DREAMBENCH_NOUNS, Subject, load_subject, open_photo
+from support import flags, machine, ranks
+from support.pictures import check_page, drawn_with, grid, picture_names, save_png
+from support.record import digest, files_of_base, warn_if_unfinished
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
 TITLES |= {"lambda_harmonic": "λ-Harmonic"}
@@ -70,7 +70,7 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
     """All that can be known before a network is loaded. Raises ValueError or OSError for what cannot be used."""
     header = read_metadata(ckpt) if ckpt else {}
     warn_if_unfinished(ckpt)
-    base, variant, prediction_type = cli.base_of(args, ckpt, header)
+    base, variant, prediction_type = flags.base_of(args, ckpt, header)
     check_layout(base)
     home = home_of(base)
     folders = {"clip": args.clip or home / "metrics" / "clip", "dino": args.dino or home / "metrics" / "dino"}
@@ -81,18 +81,18 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
     subject = subject_of(args, folder, ckpt, header)
     settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
 
-    steps, guidance = cli.steps_and_guidance(args, ckpt, header, base)
-    size = cli.number(header, "resolution", 1, f"{ckpt}") if "resolution" in header else None  # the base's own
+    steps, guidance = flags.steps_and_guidance(args, ckpt, header, base)
+    size = flags.number(header, "resolution", 1, f"{ckpt}") if "resolution" in header else None  # the base's own
     settings |= {"guidance": guidance, "steps": steps, "size": size}
-    lambda_val = cli.number(header, "lambda_val", 0.3, f"{ckpt}", cli.fraction)
+    lambda_val = flags.number(header, "lambda_val", 0.3, f"{ckpt}", flags.fraction)
     settings["lambda_val"] = lambda_val if args.lambda_val is None else args.lambda_val
 
     out, result = out or Path(f"{stem}.eval"), Path(f"{stem}.eval.json")
     if out.resolve() == folder.resolve():
         raise ValueError(f"--out {out} is the folder of the photos: give another one")
     check_page(out)
-    cli.check_writable(result)
-    settings |= {"ckpt": ckpt.name if ckpt else None, "base": cli.base_name(base)}
+    flags.check_writable(result)
+    settings |= {"ckpt": ckpt.name if ckpt else None, "base": flags.base_name(base)}
     settings |= {"variant": variant, "prediction_type": prediction_type, "precision": args.precision}
     files = {"ckpt": [ckpt] if ckpt else [], "base": files_of_base(base), "photos": subject.photos}
     files |= {name: [path] for name, path in folders.items()}
@@ -138,7 +138,7 @@ class Evaluator:
             self.loaded = job.base, job.folders, lora
         if job.ckpt:
             self.sd.load_unet(job.ckpt)
-        engine.round_frozen(self.sd.unet, self.sd.precision)
+        machine.round_frozen(self.sd.unet, self.sd.precision)
 
     def __call__(self, job: Job) -> dict:
         """Draw, score and write one subject; returns what its JSON file holds."""
@@ -148,8 +148,8 @@ class Evaluator:
         # 2: other noise than train.py's.
         seeds = np.random.SeedSequence([settings["seed"], 2]).generate_state(len(prompts)).tolist()
         options = {"steps": settings["steps"], "sampler": "dpm++", "guidance": settings["guidance"]}
-        looks = {"unit": "image", "leave": False, "delay": 0.1, "disable": parallel.rank() > 0}
-        cli.warn_of_cuts(self.sd.tokenizer, prompts)
+        looks = {"unit": "image", "leave": False, "delay": 0.1, "disable": ranks.rank() > 0}
+        flags.warn_of_cuts(self.sd.tokenizer, prompts)
         with tqdm(total=len(prompts), desc=job.subject.folder.name, **looks) as bar:
             how = {"size": settings["size"], "batch_size": self.batch, "on_batch": bar.update}
             images = self.sd.generate(prompts, seeds, **options, **how)
@@ -170,7 +170,7 @@ class Evaluator:
         result["networks"] = {name: f"{shown(job.folders[name])}, {kind}" for name, kind in kinds}
         result["means"] = {name: over_prompts(values, n) for name, values in scores.items()}
         result["images"] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        cli.write_json(job.result, result)
+        flags.write_json(job.result, result)
         return result
 
 
@@ -186,7 +186,7 @@ def whole(path: Path) -> Image.Image:
 
 def shown(folder: Path) -> str:
     """As seen from the project, if it lies there: "weights/toy/metrics/dino"."""
-    folder, project = folder.resolve(), cli.EMBEDDED_BASE.resolve().parent.parent
+    folder, project = folder.resolve(), flags.EMBEDDED_BASE.resolve().parent.parent
     return (folder.relative_to(project) if folder.is_relative_to(project) else folder).as_posix()
 
 
@@ -198,7 +198,7 @@ def over_prompts(values: list[float], n: int) -> dict[str, float]:
 
 def base_alone(args: argparse.Namespace) -> str:
     """What the results of a base without a checkpoint are called: "base-toy", "base-sd15"."""
-    base = Path(os.path.abspath(args.base or cli.EMBEDDED_BASE))  # "." has no name
+    base = Path(os.path.abspath(args.base or flags.EMBEDDED_BASE))  # "." has no name
     return f"base-{base.stem if base.is_file() else base.name}"
 
 
@@ -228,17 +228,17 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
     print(f"{len(names)} of DreamBench's {len(DREAMBENCH_NOUNS)} subjects are in {args.dreambench}")
     template, failed, jobs, rows = args.ckpt or f"{base_alone(args)}/{{subject}}", {}, {}, {}
     summary = Path(template.replace("{subject}", "dreambench")).with_suffix(".eval.json")
-    cli.check_writable(summary)
+    flags.check_writable(summary)
 
     @contextmanager
     def reported(name: str) -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-            failed[name] = f"the memory is full: {FULL}" if memory_is_full(error) else " ".join(str(error).split())
+            failed[name] = f"the memory is full: {FULL}" if is_out_of_memory(error) else " ".join(str(error).split())
             print(f"{name}: error: {failed[name]}", file=sys.stderr)
 
-    mine = names[parallel.rank() :: parallel.world()]
+    mine = names[ranks.rank() :: ranks.world()]
     for name in mine:  # what is wrong with the last should be known before the first is drawn
         with reported(name):
             path, out = Path(template.replace("{subject}", name)), args.out and args.out / name
@@ -249,39 +249,39 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
             before = job.done()
             rows[name] = {k: v["mean"] for k, v in (before or evaluator(job))["means"].items()}
             print(f"{name}: {'done before' if before else 'done'}, {job.result}", flush=True)
-    rows, failed = (dict(parallel.gather(list(part.items()))) for part in (rows, failed))
+    rows, failed = (dict(ranks.gather(list(part.items()))) for part in (rows, failed))
     rows, failed = ({name: part[name] for name in names if name in part} for part in (rows, failed))
-    if rows and parallel.rank() == 0:
+    if rows and ranks.rank() == 0:
         mean = {name: round(statistics.fmean(row[name] for row in rows.values()), 6) for name in TITLES}
         print("\n| subject | DINO | CLIP-I | CLIP-T |\n|---|---|---|---|")
         for name, row in [*rows.items(), (f"mean of {len(rows)}", mean)]:
             print(f"| {name} | {row['dino']:.3f} | {row['clip_i']:.3f} | {row['clip_t']:.3f} |")
-        cli.write_json(summary, {"mean": mean, "subjects": rows, "failed": failed})
+        flags.write_json(summary, {"mean": mean, "subjects": rows, "failed": failed})
         print(f"\nthe same and the other metrics are in {summary}")
-    parallel.wait()  # the first process that ends with 1 makes torchrun end the others
+    ranks.wait()  # the first process that ends with 1 makes torchrun end the others
     return 1 if failed else 0
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--subject", type=cli.path, help="a folder with the subject's photos")
-    what.add_argument("--dreambench", type=cli.path, metavar="FOLDER", help="the public data set, a folder a subject")
-    add("--ckpt", type=cli.text, help="of train.py; --dreambench puts names for {subject} (default: the base alone)")
-    add("--noun", type=cli.text, help="what it is; a checkpoint's own wins (default: from the folder's name)")
+    what.add_argument("--subject", type=flags.path, help="a folder with the subject's photos")
+    what.add_argument("--dreambench", type=flags.path, metavar="FOLDER", help="the public data set, a folder a subject")
+    add("--ckpt", type=flags.text, help="of train.py; --dreambench puts names for {subject} (default: the base alone)")
+    add("--noun", type=flags.text, help="what it is; a checkpoint's own wins (default: from the folder's name)")
     add("--live", action=argparse.BooleanOptionalAction, help="living, or a thing; a checkpoint's own wins")
-    add("--token", type=cli.text, help="the unique token; a checkpoint's own wins (default: [V])")
-    cli.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
+    add("--token", type=flags.text, help="the unique token; a checkpoint's own wins (default: [V])")
+    flags.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     for name in ("clip", "dino", "align"):
-        add(f"--{name}", type=cli.path, metavar="FOLDER", help="the folder of this network (default: the base's)")
-    add("--lambda-val", type=cli.fraction, help="λ of the λ-Harmonic reward (default: the checkpoint's, or 0.3)")
-    add("--n", type=cli.count, default=4, help="images a prompt (default: %(default)s, as published)")
-    add("--seed", type=cli.seed, default=0, help="fixes every image (default: %(default)s)")
-    add("--steps", type=cli.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
-    add("--guidance", type=cli.positive, help="classifier-free guidance (default: as in training, or the base's)")
-    add("--batch", type=cli.count, help="images at a time; changes no image (default: what fits, 8 on a CPU)")
-    add("--out", type=cli.path, help="the folder for the pictures (default: the checkpoint's name and .eval)")
-    cli.add_machine_flags(parser)
+        add(f"--{name}", type=flags.path, metavar="FOLDER", help="the folder of this network (default: the base's)")
+    add("--lambda-val", type=flags.fraction, help="λ of the λ-Harmonic reward (default: the checkpoint's, or 0.3)")
+    add("--n", type=flags.count, default=4, help="images a prompt (default: %(default)s, as published)")
+    add("--seed", type=flags.seed, default=0, help="fixes every image (default: %(default)s)")
+    add("--steps", type=flags.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
+    add("--guidance", type=flags.positive, help="classifier-free guidance (default: as in training, or the base's)")
+    add("--batch", type=flags.count, help="images at a time; changes no image (default: what fits, 8 on a CPU)")
+    add("--out", type=flags.path, help="the folder for the pictures (default: the checkpoint's name and .eval)")
+    flags.add_machine_flags(parser)
     args = parser.parse_args()
     if args.dreambench and args.ckpt and "{subject}" not in args.ckpt:
         parser.error('--ckpt should hold {subject} for --dreambench, such as "runs/{subject}/best.safetensors"')
@@ -289,17 +289,17 @@ def main() -> int:
         parser.error("--ckpt is empty: leave it out for the base alone")
     if args.dreambench and (args.noun or args.live is not None):
         parser.error("--noun and --live are for --subject: --dreambench knows its subjects")
-    if args.subject and parallel.world() > 1:
+    if args.subject and ranks.world() > 1:
         parser.error("--subject is work for one process: leave torchrun out, or share many out with --dreambench")
     kept = "; the same command goes on with the subjects that are not done" if args.dreambench else ""
 
     def work() -> int:
-        device = cli.device(args.device)
-        args.precision = engine.precision(args.precision, device)
+        device = flags.device(args.device)
+        args.precision = machine.precision(args.precision, device)
         return (run_one if args.subject else run_many)(args, device)
 
-    return cli.guarded(work, lambda: FULL, f"interrupted{kept}")
+    return flags.guarded(work, lambda: FULL, f"interrupted{kept}")
 
 
 if __name__ == "__main__":
-    sys.exit(parallel.together(main))
+    sys.exit(ranks.together(main))

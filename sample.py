@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
-import engine
+from model.files.errors import CheckpointError
+from model.files.single_file import CONFIG_KEY
+from model.files.tensors import read_metadata
 from model.scheduler import SAMPLERS
-from model.single_file import CONFIG_KEY
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
-from model.weights import CheckpointError, read_metadata
-from pictures import check_page, drawn_with, grid, picture_names, save_png
-from record import warn_if_unfinished
+from support import flags, machine
+from support.pictures import check_page, drawn_with, grid, picture_names, save_png
+from support.record import warn_if_unfinished
 
 DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
 
@@ -32,30 +32,30 @@ DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} o
 def run(args: argparse.Namespace) -> int:
     header = read_metadata(args.ckpt) if args.ckpt else {}
     warn_if_unfinished(args.ckpt)
-    base, variant, prediction_type = cli.base_of(args, args.ckpt, header)
+    base, variant, prediction_type = flags.base_of(args, args.ckpt, header)
     check_layout(base)
     if whole := args.export_single:
-        cli.check_writable(whole)
+        flags.check_writable(whole)
         there = whole.resolve()  # "new/../old" is there before "new" is
         if there.exists() and not (is_export(there) and not there.samefile(base)):
             raise ValueError(f"--export-single {whole} would replace no earlier export: give another name")
     else:
         check_page(args.out)
-        steps, guidance = cli.steps_and_guidance(args, args.ckpt, header, base)
-    device = torch.device("cpu") if whole else cli.device(args.device)  # to export is no arithmetic
+        steps, guidance = flags.steps_and_guidance(args, args.ckpt, header, base)
+    device = torch.device("cpu") if whole else flags.device(args.device)  # to export is no arithmetic
     sd = StableDiffusion.from_pretrained(base, device, variant, prediction_type)
-    sd.precision = PRECISIONS[engine.precision(args.precision, sd.device)]
+    sd.precision = PRECISIONS[machine.precision(args.precision, sd.device)]
     if args.ckpt:
         sd.load_unet(args.ckpt)
     if whole:
         sd.export(whole, {name: value for name, value in header.items() if not name.startswith("ss_")})  # ss_: a LoRA's
         print(f"{whole}: U-Net, VAE and text encoder in one file, in half precision")
         return 0
-    engine.round_frozen(sd.unet, sd.precision)
+    machine.round_frozen(sd.unet, sd.precision)
     subject = f"a {header.get('token', '[V]')} {header['noun']}" if "noun" in header else "a dog"
     prompts = list(dict.fromkeys(args.prompt or [text.format(subject=subject) for text in DEFAULT_PROMPTS]))
-    cli.warn_of_cuts(sd.tokenizer, prompts)
-    size = args.size or cli.number(header, "resolution", sd.image_size, f"{args.ckpt}")
+    flags.warn_of_cuts(sd.tokenizer, prompts)
+    size = args.size or flags.number(header, "resolution", sd.image_size, f"{args.ckpt}")
 
     texts = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in prompts for i in range(args.n)]
@@ -89,30 +89,30 @@ def is_export(path: Path) -> bool:
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     add = parser.add_argument
-    add("--ckpt", type=cli.path, help="a checkpoint of train.py (default: none, the base itself)")
-    add("--prompt", type=cli.text, action="append", help="what to draw; may be given again (default: four prompts)")
-    add("--n", type=cli.count, default=4, help="pictures a prompt, with seeds --seed, --seed + 1, ... (default: 4)")
-    add("--seed", type=cli.seed, default=0, help="the first picture's seed (default: 0)")
-    add("--steps", type=cli.count, help="sampler steps (default: 20, or what the base recommends)")
-    add("--guidance", type=cli.positive, help="classifier-free guidance (default: as in training, or the base's)")
+    add("--ckpt", type=flags.path, help="a checkpoint of train.py (default: none, the base itself)")
+    add("--prompt", type=flags.text, action="append", help="what to draw; may be given again (default: four prompts)")
+    add("--n", type=flags.count, default=4, help="pictures a prompt, with seeds --seed, --seed + 1, ... (default: 4)")
+    add("--seed", type=flags.seed, default=0, help="the first picture's seed (default: 0)")
+    add("--steps", type=flags.count, help="sampler steps (default: 20, or what the base recommends)")
+    add("--guidance", type=flags.positive, help="classifier-free guidance (default: as in training, or the base's)")
     add("--scheduler", choices=SAMPLERS, default="dpm++", help="the sampler (default: dpm++)")
-    add("--size", type=cli.count, help="the side in pixels (default: as in training, or the base's)")
-    add("--batch", type=cli.count, help="pictures at a time; changes no picture (default: what fits, 8 on a CPU)")
-    cli.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
+    add("--size", type=flags.count, help="the side in pixels (default: as in training, or the base's)")
+    add("--batch", type=flags.count, help="pictures at a time; changes no picture (default: what fits, 8 on a CPU)")
+    flags.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     add(
         "--export-single",
-        type=cli.path,
+        type=flags.path,
         metavar="FILE",
         help="draw nothing; write all networks into one file for other tools",
     )
-    add("--out", type=cli.path, default=Path("outputs"), help="the folder for the pictures (default: outputs)")
-    cli.add_machine_flags(parser)
+    add("--out", type=flags.path, default=Path("outputs"), help="the folder for the pictures (default: outputs)")
+    flags.add_machine_flags(parser)
     args = parser.parse_args()
     if args.export_single and args.export_single.suffix != ".safetensors":
         parser.error(f"--export-single {args.export_single} should end in .safetensors")
-    return cli.guarded(
+    return flags.guarded(
         lambda: run(args), lambda: "use a smaller --batch or --size, or another --device", interrupted="interrupted"
     )
 

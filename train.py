@@ -25,21 +25,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
-import engine
-import parallel
 from baselines.dpg import DPG, REWARDS
 from baselines.dreambooth import DreamBooth
 from model.align import ALIGN
 from model.dino import DINO
+from model.files.errors import CheckpointError, is_out_of_memory
 from model.lora import add_lora, lora_header, lora_tensors, without_lora
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of
 from model.tokenizer import BertTokenizer
-from model.weights import CheckpointError, memory_is_full
-from record import STATE, Record, alone, check_place, fingerprint, metadata
 from reward import MEANS, Reward, unit_features
 from rpo import RPO, denoising_loss, preference_label, preference_probability
 from subject import Subject, load_photos, load_subject
+from support import flags, machine, memory, ranks
+from support.record import STATE, Record, alone, check_place, fingerprint, metadata
 
 NEGATIVES, VALIDATION = 3, 4  # places of noise that a seed fixes, each its own; 2 is evaluate.py's
 
@@ -76,7 +74,7 @@ class Trainer:
             self.base_unet, self.unet = sd.unet, copy.deepcopy(sd.unet)  # θ₀ and θ
             self.learned = self.unet.requires_grad_(True)
         self.unet.train()
-        engine.prepare_networks(args, sd, self.unet, self.base_unet)
+        machine.prepare_networks(args, sd, self.unet, self.base_unet)
         self.at_once = sd.drawing_batch(reserve=sum(8 * each.numel() for each in self.learned.parameters()))
         fused = sd.device.type in ("cpu", "cuda")  # one pass over the weights instead of ten
         self.optimizer = torch.optim.AdamW(self.learned.parameters(), lr=args.lr, weight_decay=0.01, fused=fused)
@@ -90,13 +88,13 @@ class Trainer:
 
     def draw(self, prompts: list[str], place: int, text: str) -> list[Image.Image]:
         """A picture of each prompt, from noise that --seed and `place` fix. Every rank draws its part, and gets all."""
-        mine = parallel.part(len(prompts))
+        mine = ranks.part(len(prompts))
         seeds = np.random.SeedSequence([self.args.seed, place]).generate_state(len(prompts)).tolist()[mine]
-        steps, guidance, quiet = self.args.solver_steps, self.args.guidance, parallel.rank() > 0
+        steps, guidance, quiet = self.args.solver_steps, self.args.guidance, ranks.rank() > 0
         with tqdm(total=len(seeds), desc=text, unit="image", leave=False, delay=0.1, disable=quiet) as bar:
             options = {"batch_size": self.at_once, "on_batch": bar.update}
             drawn = self.sd.generate(prompts[mine], seeds, steps, guidance, **options) if seeds else []
-        return parallel.gather(drawn)
+        return ranks.gather(drawn)
 
     def prepare(self) -> None:
         """Everything that stays as it is while θ learns: drawn pictures, rewards, posteriors, contexts."""
@@ -126,7 +124,7 @@ class Trainer:
         args, record = self.args, self.record
         if not record.history:
             self.validate(0)
-        first, last, quiet = self.first_step, args.steps, parallel.rank() > 0
+        first, last, quiet = self.first_step, args.steps, ranks.rank() > 0
         for step in (bar := tqdm(range(first, last + 1), "training", initial=first - 1, total=last, disable=quiet)):
             record.history.append(self.step(step))
             kept = "" if record.kept is None else f", kept {record.kept[1]:.4f}"
@@ -145,7 +143,7 @@ class Trainer:
         """
         args, sd, needs, start = self.args, self.sd, self.method.needs, time.time()
         device, draws = sd.device, generator(args.seed, step, 1)
-        mine, weight = parallel.weighted_part(args.batch)
+        mine, weight = ranks.weighted_part(args.batch)
         i = torch.randint(len(self.photos), (args.batch,), generator=draws)
         j = torch.randint(len(self.drawn_context), (args.batch,), generator=draws)
         given = {}  # what the method asks for beside the two losses; nothing dear is computed that it does not need
@@ -180,16 +178,16 @@ class Trainer:
             given["dino"] = (features * self.dino_photos[i.to(device)]).sum(1)
 
         loss = self.method.loss(loss_ref, loss_drawn, **given)
-        row = engine.numbers(loss._asdict() | {"gradient_norm": self.update(loss.total, weight)})
+        row = machine.numbers(loss._asdict() | {"gradient_norm": self.update(loss.total, weight)})
         if "label" in given:
             row |= {"label": given["label"].mean().item(), "p": self.p_ref_wins[i, j].mean().item()}
-        row = engine.check_numbers(parallel.mean(row, weight), step, self.scaler.is_enabled())
+        row = machine.check_numbers(ranks.mean(row, weight), step, self.scaler.is_enabled())
         return {"step": step, **row, "seconds": round(time.time() - start, 3)}
 
     def update(self, total: Tensor, weight: float) -> Tensor:
         """AdamW down the gradient, averaged over the ranks by weight; returns its norm before it was cut to 1."""
         self.scaler.scale(total).backward()
-        parallel.average(self.learned.parameters(), weight)
+        ranks.average(self.learned.parameters(), weight)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.learned.parameters(), 1.0)
         self.scaler.step(self.optimizer)  # unless fp16's gradients overflowed: then the scale is halved
@@ -206,24 +204,24 @@ class Trainer:
         """
         args, start = self.args, time.time()
         prompts = [prompt for prompt in self.subject.training_prompts for _ in range(args.images_per_prompt)]
-        with engine.visiting(self.away, self.sd.device):
+        with memory.visiting(self.away, self.sd.device):
             images = self.draw(prompts, VALIDATION, f"validating step {step}")
             align_i, align_t = self.reward.alignments(images, prompts)
         reward = self.reward.combine(align_i, align_t, args.lambda_val).mean().item()
         row = {"align_i": align_i.mean().item(), "align_t": align_t.mean().item(), "reward": reward}
-        row = {"step": step, **parallel.mean(row, 1 / parallel.world())}  # all ranks must agree on the best
+        row = {"step": step, **ranks.mean(row, 1 / ranks.world())}  # all ranks must agree on the best
         row["seconds"] = round(time.time() - start, 3)
         better = self.record.validation(row, images[:: args.images_per_prompt], args.keep_last)
         tqdm.write(
             f"step {step:4d}  ALIGN-I {row['align_i']:.4f}  ALIGN-T {row['align_t']:.4f}  "
             f"reward {row['reward']:.4f}{'  kept' if better else '  (the base)' if step == 0 else ''}"
         )
-        if parallel.rank() == 0:
+        if ranks.rank() == 0:
             if better:
                 self.record.keep(lora_tensors(self.unet) if args.lora_rank else self.unet.state_dict())
             self.record.write()
             self.record.save_state(step, {name: part.state_dict() for name, part in self.learning().items()})
-        parallel.wait()  # lest an error elsewhere ends rank 0 while it writes
+        ranks.wait()  # lest an error elsewhere ends rank 0 while it writes
         return align_i, align_t
 
     def learning(self) -> dict:
@@ -234,7 +232,7 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the last state. Raises CheckpointError as Record.load_state does."""
         self.first_step = self.record.load_state(self.learning()) + 1
-        engine.own_averages(self.optimizer)
+        machine.own_averages(self.optimizer)
 
 
 def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Generator) -> Tensor:
@@ -256,14 +254,14 @@ def method_of(args: argparse.Namespace, sd: StableDiffusion) -> RPO | DreamBooth
         return DreamBooth(args.prior_weight)
     channels = sd.unet.config.in_channels
     dpg = DPG(channels, args.dpg_reward, prior_weight=args.prior_weight, seed=args.seed, device=sd.device)
-    _, weight = parallel.weighted_part(args.batch)  # the critic learns within the loss, from all pairs as θ does
-    dpg.optimizer.register_step_pre_hook(lambda *_: parallel.average(dpg.critic.parameters(), weight))
+    _, weight = ranks.weighted_part(args.batch)  # the critic learns within the loss, from all pairs as θ does
+    dpg.optimizer.register_step_pre_hook(lambda *_: ranks.average(dpg.critic.parameters(), weight))
     return dpg
 
 
 def run(args: argparse.Namespace) -> int:
-    device = cli.device(args.device)
-    args.precision = engine.precision(args.precision, device)
+    device = flags.device(args.device)
+    args.precision = machine.precision(args.precision, device)
     subject = load_subject(args.subject, args.noun, args.live, args.token)
     check_layout(args.base)
     args.align = args.align or home_of(args.base) / "reward"
@@ -283,17 +281,19 @@ def fine_tune(args: argparse.Namespace, subject: Subject, device: torch.device, 
     prompts = "prompts of living subjects" if subject.live else "prompts of things"
     prompts += " (a person or an animal? --live)" if args.live is None and not subject.live else ""
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
-    cli.settle(args)
-    short = engine.tell_memory(args, device)
+    flags.settle(args)
+    short = memory.tell_memory(args, device)
     sd = StableDiffusion.from_pretrained(args.base, device, args.variant, args.prediction_type)
     sd.precision, sd.image_size = PRECISIONS[args.precision], args.resolution or sd.image_size
     align = ALIGN.from_pretrained(args.align).to(device)
     dino = DINO.from_pretrained(dino_folder).to(device) if dino_folder else None
     parameters = sum(p.numel() for p in sd.unet.parameters())
     why = ", since torch sees no GPU" if args.device is None and device.type == "cpu" and parameters > 1e8 else ""
-    print(f"base {cli.base_name(args.base)} on {device}{why}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
+    print(
+        f"base {flags.base_name(args.base)} on {device}{why}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px"
+    )
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
-    cli.warn_of_cuts(sd.tokenizer, [subject.instance_prompt, *subject.training_prompts])
+    flags.warn_of_cuts(sd.tokenizer, [subject.instance_prompt, *subject.training_prompts])
     if sd.image_size % sd.vae.downscale:
         raise ValueError(f"--resolution must be a multiple of {sd.vae.downscale}, not {args.resolution}")
     if args.solver_steps > (most := len(sd.scheduler.alphas_cumprod)):
@@ -301,7 +301,7 @@ def fine_tune(args: argparse.Namespace, subject: Subject, device: torch.device, 
     if not args.lora_rank:
         # Checkpoint and state (fp32, with AdamW's two averages), and the new state beside the old while it is written.
         there = [path.stat().st_size for path in (args.ckpt, args.ckpt.with_suffix(STATE)) if path.exists()]
-        cli.check_writable(args.ckpt, max(28 * parameters - sum(there), 12 * parameters))
+        flags.check_writable(args.ckpt, max(28 * parameters - sum(there), 12 * parameters))
 
     trainer = Trainer(args, subject, sd, align, dino)
     if short and not dino:  # which looks at decoded pictures in every step
@@ -317,7 +317,7 @@ def fine_tune(args: argparse.Namespace, subject: Subject, device: torch.device, 
     except BaseException as error:
         interrupted, saved = isinstance(error, KeyboardInterrupt), trainer.record.saved
         again = saved is None or isinstance(error, FloatingPointError)  # resumed, it would diverge as before
-        again |= saved == 0 and memory_is_full(error)  # the flags that may help make it another run
+        again |= saved == 0 and is_out_of_memory(error)  # the flags that may help make it another run
         hint = "start again" if again else f"--resume goes on after step {saved}"
         if interrupted or saved is not None:
             print(f"\n{'interrupted' if interrupted else 'broken off'}: {trainer.record.summary()}; {hint}")
@@ -329,43 +329,47 @@ def fine_tune(args: argparse.Namespace, subject: Subject, device: torch.device, 
     return 0
 
 
-def flags() -> cli.Parser:
+def arguments() -> flags.Parser:
     """The command line. Its defaults are the paper's; None is settled by the base's recommendation or the paper."""
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     add = parser.add_argument
     settled = "(default: what the base recommends, or the paper's"
-    add("--subject", type=cli.path, required=True, help="a folder with 4 to 6 photos of the subject")
-    add("--noun", type=cli.text, help="what it is, such as dog (default: from the folder's name)")
+    add("--subject", type=flags.path, required=True, help="a folder with 4 to 6 photos of the subject")
+    add("--noun", type=flags.text, help="what it is, such as dog (default: from the folder's name)")
     add("--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: from the noun)")
-    add("--token", type=cli.text, default="[V]", help="the unique token (default: %(default)s)")
-    cli.add_base_flags(parser, cli.EMBEDDED_BASE, "the embedded one")
-    add("--align", type=cli.path, help="the folder of the reward's ALIGN (default: reward/ in the base's folder)")
-    add("--ckpt", type=cli.path, default=Path("best.safetensors"), help="the result (default: %(default)s)")
-    add("--steps", type=cli.count, default=400, help="gradient steps (default: %(default)s, the paper's)")
-    add("--batch", type=cli.count, help=f"pairs a step {settled} 1)")
-    add("--lr", type=cli.positive, help=f"learning rate {settled} 5e-6)")
-    add("--lora-rank", type=cli.count, help="train adapters of this rank, some MB (default: the whole U-Net)")
-    add("--patience", type=cli.count, help="stop after so many validations without a better reward (default: never)")
-    add("--seed", type=cli.seed, default=0, help="fixes every draw (default: %(default)s)")
+    add("--token", type=flags.text, default="[V]", help="the unique token (default: %(default)s)")
+    flags.add_base_flags(parser, flags.EMBEDDED_BASE, "the embedded one")
+    add("--align", type=flags.path, help="the folder of the reward's ALIGN (default: reward/ in the base's folder)")
+    add("--ckpt", type=flags.path, default=Path("best.safetensors"), help="the result (default: %(default)s)")
+    add("--steps", type=flags.count, default=400, help="gradient steps (default: %(default)s, the paper's)")
+    add("--batch", type=flags.count, help=f"pairs a step {settled} 1)")
+    add("--lr", type=flags.positive, help=f"learning rate {settled} 5e-6)")
+    add("--lora-rank", type=flags.count, help="train adapters of this rank, some MB (default: the whole U-Net)")
+    add("--patience", type=flags.count, help="stop after so many validations without a better reward (default: never)")
+    add("--seed", type=flags.seed, default=0, help="fixes every draw (default: %(default)s)")
     add("--resume", action="store_true", help="go on with an interrupted run")
-    cli.add_machine_flags(parser)
+    flags.add_machine_flags(parser)
     add("--checkpoint-gradients", action="store_true", help="less memory, a third slower: compute activations twice")
     add("--compile", action="store_true", help="torch.compile the U-Net: minutes before the first step")
     add = parser.add_argument_group("the method and its ablations").add_argument
     add("--method", choices=("rpo", "dreambooth", "dpg"), default="rpo", help="(default: %(default)s)")
-    add("--images-per-prompt", type=cli.count, help=f"negatives, and validation images, a prompt {settled} 4)")
-    add("--resolution", type=cli.count, help="side of all pictures, in pixels (default: the base's; the paper: 512)")
-    add("--guidance", type=cli.positive, help=f"classifier-free guidance when drawing {settled} 7.5)")
-    add("--solver-steps", type=cli.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
-    add("--validate-every", type=cli.count, default=40, help="gradient steps (default: %(default)s, the paper's)")
-    add("--lambda-val", type=cli.fraction, default=0.3, help="λ of the validation (default: %(default)s, the paper's)")
+    add("--images-per-prompt", type=flags.count, help=f"negatives, and validation images, a prompt {settled} 4)")
+    add("--resolution", type=flags.count, help="side of all pictures, in pixels (default: the base's; the paper: 512)")
+    add("--guidance", type=flags.positive, help=f"classifier-free guidance when drawing {settled} 7.5)")
+    add("--solver-steps", type=flags.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
+    add("--validate-every", type=flags.count, default=40, help="gradient steps (default: %(default)s, the paper's)")
+    add(
+        "--lambda-val", type=flags.fraction, default=0.3, help="λ of the validation (default: %(default)s, the paper's)"
+    )
     paper = "(default: %(default)s, the paper's)"
-    add("--lambda-train", type=cli.fraction, default=0.0, help=f"RPO: λ of the labels {paper}")
-    add("--beta", type=cli.positive, default=1.0, help=f"RPO: β of the loss {paper}")
-    add("--tau", type=cli.positive, default=1.0, help="RPO: temperature of the labels (default: 1; the paper: none)")
-    add("--preference-weight", type=cli.at_least_0, default=1.0, help="RPO: 0 leaves the similarity loss (default: 1)")
-    add("--prior-weight", type=cli.at_least_0, default=1.0, help="DreamBooth, DPG: class images' weight (default: 1)")
-    add("--class-images", type=cli.count, help="DreamBooth, DPG: how many are drawn (default: 200, or the base's)")
+    add("--lambda-train", type=flags.fraction, default=0.0, help=f"RPO: λ of the labels {paper}")
+    add("--beta", type=flags.positive, default=1.0, help=f"RPO: β of the loss {paper}")
+    add("--tau", type=flags.positive, default=1.0, help="RPO: temperature of the labels (default: 1; the paper: none)")
+    add(
+        "--preference-weight", type=flags.at_least_0, default=1.0, help="RPO: 0 leaves the similarity loss (default: 1)"
+    )
+    add("--prior-weight", type=flags.at_least_0, default=1.0, help="DreamBooth, DPG: class images' weight (default: 1)")
+    add("--class-images", type=flags.count, help="DreamBooth, DPG: how many are drawn (default: 200, or the base's)")
     add("--dpg-reward", choices=REWARDS, default=REWARDS[0], help="DPG: what the critic learns (default: %(default)s)")
     add("--mean", choices=list(MEANS), default="harmonic", help=f"of ALIGN-I and ALIGN-T {paper}")
     add("--keep-last", action="store_true", help="keep the last weights instead of the best: no early stopping")
@@ -373,14 +377,14 @@ def flags() -> cli.Parser:
 
 
 def main() -> int:
-    parser = flags()
+    parser = arguments()
     args = parser.parse_args()
     if args.ckpt.suffix != ".safetensors":
         parser.error(f"--ckpt {args.ckpt} should end in .safetensors")
     if args.patience and args.keep_last:
         parser.error("--patience waits for a better reward, and --keep-last looks at none: leave one out")
-    return cli.guarded(lambda: run(args), lambda: engine.remedy(args), "interrupted before the start")
+    return flags.guarded(lambda: run(args), lambda: memory.remedy(args), "interrupted before the start")
 
 
 if __name__ == "__main__":
-    sys.exit(parallel.together(main))
+    sys.exit(ranks.together(main))

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from engine import own_averages
+from support.machine import own_averages
 
 GAMMA = 0.9986
 REWARDS = ("look-forward", "dino")

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
-import cli
-import engine
+from model.files.write import write_atomic
 from model.stable_diffusion import StableDiffusion
-from model.weights import write_whole
+from support import flags, memory
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 TITLE = "# Results of the benchmarks\n\nWritten by the commands named, with --write; a section a command and machine.\n"
@@ -46,7 +45,7 @@ def machine(device: torch.device) -> str:
 
 def device(name: str | None) -> torch.device:
     """cli.device, of the kinds that can be measured here. Raises ValueError for another."""
-    device = cli.device(name)
+    device = flags.device(name)
     if device.type not in MOST_DIFFERENCE or not Path("/proc/self/status").exists():
         raise ValueError("what can be measured is --device cpu or cuda, on Linux")
     return device
@@ -82,7 +81,7 @@ def forget_peak(device: torch.device) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free; on a CPU those that a program can have before the system swaps."""
     if device.type == "cuda":
-        return engine.free_memory(device)
+        return memory.free_memory(device)
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
@@ -182,7 +181,7 @@ def write_sd15(folder: Path) -> Path:
     for part in PARTS:
         write("1.5", part, folder / part)
     for part in ("tokenizer", "scheduler", "reward"):
-        shutil.copytree(cli.EMBEDDED_BASE / part, folder / part)
+        shutil.copytree(flags.EMBEDDED_BASE / part, folder / part)
     return folder
 
 
@@ -253,7 +252,7 @@ class Report:
         heading = self.heading.removeprefix("## ")
         kept = [section for section in sections if section.splitlines()[0] != heading]
         parts = [first.rstrip() + "\n", *(section.strip() + "\n" for section in (*kept, ours))]
-        write_whole(path, lambda beside: beside.write_text("\n## ".join(parts), encoding="utf-8"))
+        write_atomic(path, lambda beside: beside.write_text("\n## ".join(parts), encoding="utf-8"))
 
 
 def finish(measured: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> int:
@@ -265,7 +264,7 @@ def finish(measured: Callable[[argparse.Namespace], Report], args: argparse.Name
         if args.write:
             report.write()
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        return cli.fail(error)
+        return flags.fail(error)
     except KeyboardInterrupt:
         return 130
     return 0

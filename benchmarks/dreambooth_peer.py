@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import cli
 from benchmarks import common, phases
 from metrics import Metrics
+from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
-from model.weights import save_tensors
 from subject import Subject, load_photos, load_subject
+from support import flags
 
 NAMES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
 
@@ -167,10 +167,10 @@ def compare(
         for seed in tqdm(seeds, "seeds"):
             files = {"base": Path(folder) / "base.safetensors"}
             files |= {side: Path(folder) / f"{side}{seed}.safetensors" for side in ("ours", "diffusers")}
-            flags = ["--method", "dreambooth", "--keep-last", "--steps", steps, "--validate-every", steps]
-            flags = [*map(str, flags), "--seed", str(seed), *more]
+            argv = ["--method", "dreambooth", "--keep-last", "--steps", steps, "--validate-every", steps]
+            argv = [*map(str, argv), "--seed", str(seed), *more]
             run_of_ours = common.alone(
-                phases.whole, base, str(device), flags, torch.get_num_threads(), subject, files["ours"]
+                phases.whole, base, str(device), argv, torch.get_num_threads(), subject, files["ours"]
             )
             settings = run_of_ours["settings"]
             seconds["ours"].append(our_seconds(run_of_ours))
@@ -188,21 +188,21 @@ def measured(args: argparse.Namespace) -> common.Report:
     steps, images = (4, 1) if args.quick else (args.steps, args.images)
     device = common.device(args.device)
     report = common.Report("benchmarks.dreambooth_peer" + (" --quick" if args.quick else ""), device)
-    rows, seconds = compare(cli.EMBEDDED_BASE, phases.DOG, device, args.seeds, steps, images, more)
+    rows, seconds = compare(flags.EMBEDDED_BASE, phases.DOG, device, args.seeds, steps, images, more)
     tables(report, rows, seconds)
     report(f"\n{steps} steps, {images} picture(s) a test prompt. Python's own start is not counted.")
     return report
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     add = parser.add_argument
-    add("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--steps", type=cli.count, default=400, help="gradient steps (default: %(default)s)")
-    add("--images", type=cli.count, default=2, help="pictures a test prompt (default: %(default)s)")
+    add("--seeds", type=flags.seed, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--steps", type=flags.count, default=400, help="gradient steps (default: %(default)s)")
+    add("--images", type=flags.count, default=2, help="pictures a test prompt (default: %(default)s)")
     add("--quick", action="store_true", help="4 steps, 4 class images and 2 solver steps, to see that it works")
     add("--device", help="cpu or cuda (default: the best there is)")
-    add("--threads", type=cli.count, help="of a CPU (default: as many as torch takes)")
+    add("--threads", type=flags.count, help="of a CPU (default: as many as torch takes)")
     add("--write", action="store_true", help=f"put the tables into {common.RESULTS.name}, in this machine's section")
     args = parser.parse_args()
     return common.finish(measured, args)

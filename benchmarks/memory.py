@@ -21,15 +21,15 @@ from pathlib import Path
 
 import torch
 
-import cli
-import engine
 import train
 from benchmarks import common
 from benchmarks.phases import DOG
 from benchmarks.run import trainer_of
 from model.align import ALIGN, ALIGNConfig
+from model.files.config import read_json
+from model.files.errors import is_out_of_memory
 from model.stable_diffusion import PRECISIONS, StableDiffusion
-from model.weights import memory_is_full, read_json
+from support import flags, machine, memory
 from toy.networks import write_part
 
 MODES = {  # train.py's flags, and the most GB that it should take
@@ -50,12 +50,12 @@ def write_base(folder: Path, side: int) -> Path:
     """`common.write_sd15` for pictures of `side` pixels, with ALIGN of its public size."""
     base = common.write_sd15(folder)
     config = read_json(base / "unet" / "config.json")
-    cli.write_json(base / "unet" / "config.json", config | {"sample_size": side // 8})
+    flags.write_json(base / "unet" / "config.json", config | {"sample_size": side // 8})
     write_part(base / "reward", {}, ALIGN(ALIGNConfig()).state_dict(), "model.safetensors")  # the rest of it stays
     return base
 
 
-def measure(flags: list[str], base: Path, device: torch.device, precision: str, threads: int) -> tuple[int, int, int]:
+def measure(argv: list[str], base: Path, device: torch.device, precision: str, threads: int) -> tuple[int, int, int]:
     """Trained weights, and bytes at the peak of a step (on a GPU of loading, too) and, on a GPU, of drawing a picture.
 
     For a fresh process.
@@ -65,7 +65,7 @@ def measure(flags: list[str], base: Path, device: torch.device, precision: str, 
     sd = StableDiffusion.from_pretrained(base, device)
     sd.precision = PRECISIONS[precision]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(sd, base, Path(folder), flags)
+        trainer = trainer_of(sd, base, Path(folder), argv)
         for parameter in trainer.learned.parameters():  # a step without a gradient makes AdamW's averages
             parameter.grad = torch.zeros_like(parameter)
         trainer.optimizer.step()
@@ -85,16 +85,18 @@ def measure(flags: list[str], base: Path, device: torch.device, precision: str, 
 def row(mode: str, base: Path, device: torch.device, precision: str) -> str:
     """A line of the table under HEAD; of a mode for which the memory does not suffice it says so."""
     special, most = MODES[mode]
-    flags = [*special, "--precision", precision, "--batch", "1", "--images-per-prompt", "1"]
-    args = train.flags().parse_args([*flags, "--subject", str(DOG), "--base", str(base), "--align", f"{base}/reward"])
-    need, room = sum(engine.estimate_of(args).values()), common.free_memory(device)
+    argv = [*special, "--precision", precision, "--batch", "1", "--images-per-prompt", "1"]
+    args = train.arguments().parse_args(
+        [*argv, "--subject", str(DOG), "--base", str(base), "--align", f"{base}/reward"]
+    )
+    need, room = sum(memory.estimate_of(args).values()), common.free_memory(device)
     start, target = f"{mode}: `{' '.join(special)}`" if special else mode, f"at most {most}" if most else ""
     if need > room:
         return f"| {start} | | {need / 1e9:.1f} | left out: {room / 1e9:.1f} GB are free | {target} |"
     try:
-        trained, step, drawing = common.alone(measure, flags, base, device, precision, torch.get_num_threads())
+        trained, step, drawing = common.alone(measure, argv, base, device, precision, torch.get_num_threads())
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, BrokenProcessPool) or memory_is_full(error)):
+        if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
             raise
         return f"| {start} | | {need / 1e9:.1f} | the memory did not suffice | {target} |"
     also = f" (drawing a picture: {drawing / 1e9:.1f})" if drawing else ""
@@ -106,7 +108,7 @@ def measured(args: argparse.Namespace) -> common.Report:
     device = common.device(args.device)
     if args.side % 64:
         raise ValueError(f"--side must be a multiple of 64, not {args.side}")
-    precision = engine.precision(args.precision, device)
+    precision = machine.precision(args.precision, device)
     report = common.Report(f"benchmarks.memory --side {args.side} --precision {precision}", device)
     report(f"One pair of {args.side} px in {precision}. Measured are {COUNTED[device.type]}\n\n{HEAD}")
     with tempfile.TemporaryDirectory(prefix="memory_", dir=args.folder) as folder:
@@ -117,10 +119,10 @@ def measured(args: argparse.Namespace) -> common.Report:
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__)
-    cli.add_machine_flags(parser)
+    parser = flags.Parser(description=__doc__)
+    flags.add_machine_flags(parser)
     add = parser.add_argument
-    add("--side", type=cli.count, default=512, help="of the pictures, in pixels (default: %(default)s)")
+    add("--side", type=flags.count, default=512, help="of the pictures, in pixels (default: %(default)s)")
     add("--modes", choices=list(MODES), default=list(MODES), nargs="+", help="(default: all)")
     add("--folder", type=Path, help="for the temporary weights, 3 GB (default: the system's place)")
     add("--write", action="store_true", help=f"put the table into {common.RESULTS.name}, in this machine's section")

@@ -12,10 +12,9 @@ from unittest import mock
 
 import torch
 
-import cli
-import engine
 import train
 from benchmarks import common
+from support import flags, memory
 
 DOG = Path(__file__).parent.parent / "data" / "dog"
 PHASES = ("load", "negatives", "training", "validation", "saving", "rest")
@@ -58,7 +57,7 @@ class Phases:
 
 
 def whole(
-    base: Path, device_name: str, flags: list[str], threads: int, subject: Path = DOG, ckpt: Path | None = None
+    base: Path, device_name: str, argv: list[str], threads: int, subject: Path = DOG, ckpt: Path | None = None
 ) -> dict:
     """Run train.py in this process and say how long each phase took, its FLOP, and the peak of memory.
 
@@ -76,7 +75,7 @@ def whole(
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # the tables stay alone
         arguments = ["--subject", subject, "--base", base, "--ckpt", ckpt or Path(folder) / "run.safetensors"]
-        args = train.flags().parse_args([*map(str, arguments), "--device", device_name, *flags])
+        args = train.arguments().parse_args([*map(str, arguments), "--device", device_name, *argv])
         phases = Phases(device)
         for owner, methods, name in (
             (train.StableDiffusion, ["from_pretrained"], "load"),
@@ -98,9 +97,9 @@ def whole(
         counts = {"negatives": len(trainer.drawn_context), "training": phases.calls["training"]}
         counts |= {"validation": images * phases.calls["validation"]}
         seconds = {name: phases.seconds[name] for name in PHASES}
-        settings = {name: getattr(args, name) for name in cli.DEFAULTS}
+        settings = {name: getattr(args, name) for name in flags.DEFAULTS}
         result = {"seconds": seconds, "counts": counts, "peak": peak, "peak_of": what, "settings": settings}
-        with engine.visiting(trainer.away, trainer.sd.device):
+        with memory.visiting(trainer.away, trainer.sd.device):
             each = work(trainer)
         return result | {"flop": {name: count * each[name] for name, count in counts.items()}}
 

@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import cli
 from benchmarks import common, phases
 from rpo import denoising_loss, preference_label, preference_probability, rpo_loss
 from subject import Subject, load_subject, open_photo
+from support import flags
 
 SOLVER_STEPS, NEGATIVES_A_PROMPT, VALIDATE_EVERY = 50, 16, 40  # the release's; the last is train.py's too
 # Of ours, for --quick: every picture and step as in the real run, only fewer.
@@ -191,26 +191,26 @@ def measured(args: argparse.Namespace) -> common.Report:
     """The pieces, both totals and the ratio."""
     device, subject = common.device(args.device), load_subject(phases.DOG)
     report = common.Report("benchmarks.release" + (" --quick" if args.quick else ""), device)
-    flags = QUICK if args.quick else ("--steps", str(args.steps))
-    result = common.alone(phases.whole, cli.EMBEDDED_BASE, str(device), flags, torch.get_num_threads())
+    argv = QUICK if args.quick else ("--steps", str(args.steps))
+    result = common.alone(phases.whole, flags.EMBEDDED_BASE, str(device), argv, torch.get_num_threads())
     same, released = both_jobs(args.steps)
     times = same if args.full else {name: min(1 if args.quick else args.samples, n) for name, n in same.items()}
     common.libraries()
     with tempfile.TemporaryDirectory() as folder:
-        pieces = measure(Release(cli.EMBEDDED_BASE, subject, Path(folder), result["settings"], device), times)
+        pieces = measure(Release(flags.EMBEDDED_BASE, subject, Path(folder), result["settings"], device), times)
     table(report, pieces, same, released, result)
     return report
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     add = parser.add_argument
     add("--full", action="store_true", help="do the whole job in the release's shape too, and extrapolate nothing")
     add("--quick", action="store_true", help="one of each, and a short run of ours, to see that it works")
-    add("--samples", type=cli.count, default=5, help="of each piece of the release's work (default: %(default)s)")
-    add("--steps", type=cli.count, default=400, help="gradient steps of the job (default: %(default)s)")
+    add("--samples", type=flags.count, default=5, help="of each piece of the release's work (default: %(default)s)")
+    add("--steps", type=flags.count, default=400, help="gradient steps of the job (default: %(default)s)")
     add("--device", help="cpu or cuda (default: the best there is)")
-    add("--threads", type=cli.count, help="of a CPU (default: as many as torch takes)")
+    add("--threads", type=flags.count, help="of a CPU (default: as many as torch takes)")
     add("--write", action="store_true", help=f"put the table into {common.RESULTS.name}, in this machine's section")
     args = parser.parse_args()
     return common.finish(measured, args)

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import cli
 import train
 from benchmarks import common
 from benchmarks.common import AsOurs, Pair, Report, alternate, check_same, row
@@ -37,6 +36,7 @@ from benchmarks.phases import DOG, matmul_peak, whole, whole_rows
 from model.align import ALIGN
 from model.stable_diffusion import recommended
 from subject import load_subject
+from support import flags
 
 SHORT = ("--steps", "8", "--validate-every", "4", "--images-per-prompt", "1", "--solver-steps", "5")  # for --quick
 PARTS = ("unet", "drawing", "training", "whole")
@@ -87,7 +87,7 @@ def drawing_rows(pair: Pair, pictures: int, steps: int, size: int, repeats: int)
     prompts = [prompts[i % len(prompts)] for i in range(pictures)]
     shape = (pictures, pair.ours.unet.config.in_channels, size // pair.ours.vae.downscale)
     latents = torch.randn(*shape, shape[-1], generator=torch.Generator().manual_seed(0)).to(pair.device)
-    guidance = recommended(pair.base)[0].get("guidance", cli.DEFAULTS["guidance"])
+    guidance = recommended(pair.base)[0].get("guidance", flags.DEFAULTS["guidance"])
 
     def ours():
         seeds = list(range(pictures))
@@ -109,10 +109,10 @@ def drawing_rows(pair: Pair, pictures: int, steps: int, size: int, repeats: int)
     return rows
 
 
-def trainer_of(sd, base: Path, folder: Path, flags: list[str]) -> train.Trainer:
+def trainer_of(sd, base: Path, folder: Path, argv: list[str]) -> train.Trainer:
     """train.py's own, ready for its first step on random latents: neither pictures nor posteriors are made."""
-    arguments = ["--subject", DOG, "--base", base, "--ckpt", folder / "run.safetensors", *flags]
-    args = train.flags().parse_args([str(argument) for argument in arguments])
+    arguments = ["--subject", DOG, "--base", base, "--ckpt", folder / "run.safetensors", *argv]
+    args = train.arguments().parse_args([str(argument) for argument in arguments])
     args.align = base / "reward"
     sd = copy.copy(sd)
     side, draws = sd.image_size // sd.vae.downscale, torch.Generator().manual_seed(0)
@@ -124,14 +124,14 @@ def trainer_of(sd, base: Path, folder: Path, flags: list[str]) -> train.Trainer:
 
     sd.encode_images = posterior
     with contextlib.redirect_stdout(io.StringIO()):
-        cli.settle(args)
+        flags.settle(args)
     trainer = train.Trainer(args, load_subject(DOG), sd, ALIGN.from_pretrained(args.align).to(sd.device))
     trainer.draw = lambda prompts, *_, **__: [picture] * len(prompts)
     trainer.prepare()
     return trainer
 
 
-def training_rows(pair: Pair, base: Path, flags: list[str], repeats: int) -> list[str]:
+def training_rows(pair: Pair, base: Path, argv: list[str], repeats: int) -> list[str]:
     """RPO's whole step: θ forward and backward on pairs, θ₀ forward, loss, AdamW. Theirs: diffusers' U-Net in it."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def training_rows(pair: Pair, base: Path, flags: list[str], repeats: int) -> lis
             mine, other = copy.copy(pair.ours), copy.copy(pair.ours)
             # Adapters are added to the network itself, so it gets a copy (that shares the weights).
             mine.unet, other.unet = shared_copy(pair.ours.unet), AsOurs(shared_copy(pair.theirs.unet))
-            ours, theirs = (trainer_of(sd, base, Path(folder), flags) for sd in (mine, other))
+            ours, theirs = (trainer_of(sd, base, Path(folder), argv) for sd in (mine, other))
             losses = [torch.tensor(trainer.step(1)["total"]) for trainer in (ours, theirs)]
             check_same(*losses, 1e-3 if pair.device.type == "cpu" else 5e-2, "the first step's loss")
             kind = f"LoRA {ours.args.lora_rank}" if ours.args.lora_rank else "the whole U-Net"
@@ -170,33 +170,33 @@ def beside(report: Report, size: str, base: Path, device: torch.device, quick: b
     repeats, steps = (3, 2) if slow else (5, 5) if quick else (20, 20)
     if quick and slow:  # a quarter of the picture, and nothing that takes a gradient
         side, parts = 32, [part for part in parts if part != "training"]
-    flags = ["--device", str(device), *(["--lora-rank", "16"] if slow else [])]
+    argv = ["--device", str(device), *(["--lora-rank", "16"] if slow else [])]
     jobs = {
         "unet": lambda: unet_rows(pair, batch, side, repeats, backward=not (quick and slow)),
         "drawing": lambda: drawing_rows(pair, pictures, steps, side * 8, 1 if quick and slow else 3),
-        "training": lambda: training_rows(pair, base, flags, 2 if slow else repeats),
+        "training": lambda: training_rows(pair, base, argv, 2 if slow else repeats),
     }
     for part, job in jobs.items():
         for line in job() if part in parts else ():
             report(line)
 
 
-def by_phase(report: Report, size: str, base: Path, device: torch.device, quick: bool, flags: list[str]) -> None:
+def by_phase(report: Report, size: str, base: Path, device: torch.device, quick: bool, argv: list[str]) -> None:
     """The whole run of one size."""
     report(f"\n### The whole run, {'weights/toy' if size == 'toy' else 'SD 1.5 size with random weights'}\n")
     if size == "sd15" and device.type == "cpu":
         report("Left out on a CPU, where it would take days.")
         return
-    flags = [*flags, *(SHORT if quick else ())]
+    argv = [*argv, *(SHORT if quick else ())]
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the run is another process's
-    result = common.alone(whole, base, str(device), flags, torch.get_num_threads())
+    result = common.alone(whole, base, str(device), argv, torch.get_num_threads())
     name, peak = matmul_peak(device, quick)
     for line in whole_rows(result, peak):
         report(line)
     settings = ", ".join(f"{name} {value:g}" for name, value in result["settings"].items() if name != "class_images")
     short = " A short run, to see that it works: its shares are not the real run's." if quick else ""
-    report(f"\n`train.py --subject data/dog {' '.join(flags)}`; {settings}.{short} Python's own start is not counted.")
+    report(f"\n`train.py --subject data/dog {' '.join(argv)}`; {settings}.{short} Python's own start is not counted.")
     report(f"The peak is what a {name} reaches: {peak / 1e12:.3g} TFLOP/s.")
     report(f"Peak memory, {result['peak_of']}: {result['peak'] / 1e6:.0f} MB.")
 
@@ -208,7 +208,7 @@ def measured(args: argparse.Namespace) -> Report:
     report = Report(title + (" --quick" if args.quick else ""), device)
     for size in ("toy", "sd15") if args.size == "both" else (args.size,):
         with tempfile.TemporaryDirectory(prefix="benchmark_", dir=args.folder) as folder:
-            base = cli.EMBEDDED_BASE if size == "toy" else common.write_sd15(Path(folder))
+            base = flags.EMBEDDED_BASE if size == "toy" else common.write_sd15(Path(folder))
             if set(args.only) - {"whole"}:
                 beside(report, size, base, device, args.quick, args.only)
             if "whole" in args.only:
@@ -217,12 +217,12 @@ def measured(args: argparse.Namespace) -> Report:
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     add = parser.add_argument
     add("--device", help="cpu or cuda (default: the best there is)")
     add("--size", choices=("toy", "sd15", "both"), default="both", help="(default: %(default)s)")
     add("--only", choices=PARTS, nargs="+", default=PARTS, help="some of the tables (default: all)")
-    add("--threads", type=cli.count, help="of a CPU (default: as many as torch takes)")
+    add("--threads", type=flags.count, help="of a CPU (default: as many as torch takes)")
     add("--quick", action="store_true", help="few repetitions and a short run, to see that all works")
     add("--write", action="store_true", help=f"put the tables into {common.RESULTS.name}, in this machine's section")
     add("--folder", type=Path, help="for the temporary weights of SD 1.5's size, 2 GB (default: the system's place)")

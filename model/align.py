@@ -18,7 +18,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from model.weights import CheckpointError, check_heads, config_from, load, read_json
+from model.files.config import check_heads, config_from, read_json
+from model.files.errors import CheckpointError
+from model.files.tensors import load
 
 STEM_WIDTH = 32  # EfficientNet's stem, before the width coefficient
 

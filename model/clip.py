@@ -18,7 +18,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from model import weights
+from model.files.config import check_heads, config_from, one_size, read_json, refuse
+from model.files.errors import CheckpointError, error_context
+from model.files.tensors import load
 
 ACTIVATIONS = {
     "gelu": F.gelu,  # OpenCLIP, so SD 2.x
@@ -41,7 +43,7 @@ class CLIPTextConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self):
-        weights.check_heads(self.hidden_size, self.num_attention_heads)
+        check_heads(self.hidden_size, self.num_attention_heads)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class CLIPVisionConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        weights.check_heads(self.hidden_size, self.num_attention_heads)
+        check_heads(self.hidden_size, self.num_attention_heads)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class CLIPPictures:
 
     def __post_init__(self):
         for name, keys in (("size", ["shortest_edge"]), ("crop_size", ["height", "width"])):
-            object.__setattr__(self, name, weights.one_size(name, getattr(self, name), *keys))
+            object.__setattr__(self, name, one_size(name, getattr(self, name), *keys))
 
 
 class Attention(nn.Module):
@@ -106,7 +108,7 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise weights.CheckpointError(f"hidden_act {activation!r} is none of {', '.join(ACTIVATIONS)}")
+            raise CheckpointError(f"hidden_act {activation!r} is none of {', '.join(ACTIVATIONS)}")
         self.activation = ACTIVATIONS[activation]
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
@@ -212,11 +214,11 @@ class CLIPTextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> CLIPTextEncoder:
-        """Frozen, in eval mode, on the CPU; `variant`: as for `weights.find_weights`.
+        """Frozen, in eval mode, on the CPU; `variant`: as for `find_weights`.
         Raises CheckpointError if the folder's files are missing or do not fit."""
         path = Path(folder) / "config.json"
-        config = weights.config_from(CLIPTextConfig, weights.read_json(path), path)
-        return weights.load(cls, config, folder, dtype, _with_prefix, variant)
+        config = config_from(CLIPTextConfig, read_json(path), path)
+        return load(cls, config, folder, dtype, _with_prefix, variant)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 (batch, 77) -> last hidden state (batch, 77, width), after the final layer norm."""
@@ -233,9 +235,7 @@ class CLIP(nn.Module):
         self.image_size = config.vision_config.image_size
         self.pictures = pictures or CLIPPictures(size=self.image_size, crop_size=self.image_size)
         if self.pictures.crop_size != self.image_size or self.pictures.size < self.image_size:
-            raise weights.CheckpointError(
-                f"{self.pictures} does not give the {self.image_size} pixels the network sees"
-            )
+            raise CheckpointError(f"{self.pictures} does not give the {self.image_size} pixels the network sees")
         self.text_model = TextTower(config.text_config)
         self.vision_model = VisionTower(config.vision_config)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
@@ -248,19 +248,19 @@ class CLIP(nn.Module):
         Raises CheckpointError if the folder's files are missing or do not fit."""
         folder = Path(folder)
         path = folder / "config.json"
-        values = weights.read_json(path)
-        with weights.blaming(f"{path} should hold a configuration of each tower"):
+        values = read_json(path)
+        with error_context(f"{path} should hold a configuration of each tower"):
             for tower in ("text_config", "vision_config"):  # files of 2022 say it again, or only, under *_dict
                 values[tower] = {**(values.get(tower) or {}), **(values.get(f"{tower}_dict") or {})}
-        config = weights.config_from(CLIPConfig, values, path)
+        config = config_from(CLIPConfig, values, path)
         pictures = None
         path = folder / "preprocessor_config.json"
         if path.is_file():
-            values = weights.read_json(path)
+            values = read_json(path)
             always = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-            weights.refuse(values, dict.fromkeys(always, True), path)
-            pictures = weights.config_from(CLIPPictures, values, path)
-        return weights.load(lambda config: cls(config, pictures), config, folder, dtype)
+            refuse(values, dict.fromkeys(always, True), path)
+            pictures = config_from(CLIPPictures, values, path)
+        return load(lambda config: cls(config, pictures), config, folder, dtype)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels (batch, 3, image_size, image_size) from `preprocess` -> (batch, projection_dim)."""

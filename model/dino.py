@@ -15,7 +15,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from model import weights
+from model.files.config import check_heads, config_from, one_size, read_json, refuse
+from model.files.errors import CheckpointError
+from model.files.tensors import load
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class DINOConfig:
 
     def __post_init__(self):
         if self.hidden_act != "gelu":
-            raise weights.CheckpointError(f"hidden_act {self.hidden_act!r} is not DINO's gelu")
-        weights.check_heads(self.hidden_size, self.num_attention_heads)
+            raise CheckpointError(f"hidden_act {self.hidden_act!r} is not DINO's gelu")
+        check_heads(self.hidden_size, self.num_attention_heads)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class DINOPictures:
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
-        object.__setattr__(self, "size", weights.one_size("size", self.size, "height", "width"))
+        object.__setattr__(self, "size", one_size("size", self.size, "height", "width"))
 
 
 class Embeddings(nn.Module):
@@ -123,9 +125,7 @@ class DINO(nn.Module):
         self.image_size = config.image_size
         self.pictures = pictures or DINOPictures(size=self.image_size)
         if self.pictures.size != self.image_size:
-            raise weights.CheckpointError(
-                f"{self.pictures} does not give the {self.image_size} pixels the network sees"
-            )
+            raise CheckpointError(f"{self.pictures} does not give the {self.image_size} pixels the network sees")
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -137,14 +137,14 @@ class DINO(nn.Module):
         Raises CheckpointError if the folder's files are missing or do not fit."""
         folder = Path(folder)
         path = folder / "config.json"
-        config = weights.config_from(DINOConfig, weights.read_json(path), path)
+        config = config_from(DINOConfig, read_json(path), path)
         pictures = None
         path = folder / "preprocessor_config.json"
         if path.is_file():
-            values = weights.read_json(path)
-            weights.refuse(values, dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True), path)
-            pictures = weights.config_from(DINOPictures, values, path)
-        return weights.load(lambda config: cls(config, pictures), config, folder, dtype, _without_pooler)
+            values = read_json(path)
+            refuse(values, dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True), path)
+            pictures = config_from(DINOPictures, values, path)
+        return load(lambda config: cls(config, pictures), config, folder, dtype, _without_pooler)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (batch, 3, image_size, image_size) from `preprocess` -> (batch, hidden_size), the class token's."""

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.weights import CheckpointError, load_tensors, read_metadata, read_tensors, what_is
+from model.files.errors import CheckpointError
+from model.files.tensors import load_tensors, read_metadata, read_tensors, what_is
 
 PROJECTION = re.compile(r".+\.attn[12]\.(?:to_[qkv]|to_out\.0)")
 DIFFUSERS = re.compile(r"unet\.(.+)\.lora[._](A|B|down|up)\.weight")  # peft's A and B are down and up

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.weights import CheckpointError, config_from, read_json
+from model.files.config import config_from, read_json
+from model.files.errors import CheckpointError
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 

@@ -19,13 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from model.clip import CLIPTextConfig, CLIPTextEncoder
+from model.files.config import config_from, read_json
+from model.files.errors import CheckpointError
+from model.files.single_file import check_channels, read_single_file, refuse_pickle, write_single_file
+from model.files.tensors import build, load_tensors, read_tensors
 from model.lora import is_lora, load_lora, merge, remove_lora
 from model.scheduler import Scheduler, SchedulerConfig, randn
-from model.single_file import check_channels, read_single_file, refuse_pickle, write_single_file
 from model.tokenizer import CLIPTokenizer
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
-from model.weights import CheckpointError, build, config_from, load_tensors, read_json, read_tensors
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAST_CHANNELS_LAST = ("cpu", "cuda")  # the CPU was measured; of GPUs it is what NVIDIA says of half precision

@@ -13,7 +13,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from model.weights import CheckpointError, read_json
+from model.files.config import read_json
+from model.files.errors import CheckpointError
 
 # How CLIP cuts a text into words: special tokens, English contractions, letters, single digits, everything else.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -22,7 +22,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import weights
+from model.files.config import config_from, read_json, refuse
+from model.files.errors import CheckpointError
+from model.files.tensors import load
 
 RESNET_EPS = 1e-5  # GroupNorm of the resnets and before conv_out
 TRANSFORMER_EPS = 1e-6  # GroupNorm at a transformer's entrance
@@ -75,7 +77,7 @@ class UNetConfig:
         if any(width % self.norm_num_groups for width in self.block_out_channels):
             problems.append(f"block_out_channels do not divide into norm_num_groups = {self.norm_num_groups}")
         if problems:
-            raise weights.CheckpointError(f"U-Net configuration: {'; '.join(problems)}")
+            raise CheckpointError(f"U-Net configuration: {'; '.join(problems)}")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -118,18 +120,16 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> UNet:
-        """The U-Net of a checkpoint's `unet` folder, frozen, on the CPU; `variant`: as for `weights.find_weights`.
+        """The U-Net of a checkpoint's `unet` folder, frozen, on the CPU; `variant`: as for `find_weights`.
 
         Raises CheckpointError if config.json asks for what SD 1.x and 2.x do not have, or if a tensor does not fit.
         """
         path = Path(folder) / "config.json"
-        values = weights.read_json(path)
+        values = read_json(path)
         if values.get("addition_embed_type") == "text_time":
-            raise weights.CheckpointError(
-                f"{path} is of SDXL, which is not supported (addition_embed_type = 'text_time')"
-            )
-        weights.refuse(values, FIXED, path)
-        return weights.load(cls, weights.config_from(UNetConfig, values, path), folder, dtype, variant=variant)
+            raise CheckpointError(f"{path} is of SDXL, which is not supported (addition_embed_type = 'text_time')")
+        refuse(values, FIXED, path)
+        return load(cls, config_from(UNetConfig, values, path), folder, dtype, variant=variant)
 
     def checkpoint_gradients(self) -> None:
         """From now on keep only the inputs of resnets and transformers for backward(), which computes the rest again.

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model import weights
+from model.files.config import config_from, read_json, refuse
+from model.files.errors import CheckpointError
+from model.files.tensors import load
 
 EPS = 1e-6  # of every GroupNorm here; the U-Net's resnets have 1e-5
 
@@ -46,7 +48,7 @@ class VAEConfig:
 
     def __post_init__(self):
         if not 0 < self.scaling_factor < math.inf:
-            raise weights.CheckpointError(f"scaling_factor is {self.scaling_factor} and should be a number above 0")
+            raise CheckpointError(f"scaling_factor is {self.scaling_factor} and should be a number above 0")
 
 
 class VAE(nn.Module):
@@ -63,15 +65,15 @@ class VAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> VAE:
-        """The VAE of a checkpoint's `vae` folder, frozen, on the CPU; `variant`: as for `weights.find_weights`.
+        """The VAE of a checkpoint's `vae` folder, frozen, on the CPU; `variant`: as for `find_weights`.
 
         Raises CheckpointError if config.json asks for another kind of VAE, or if a tensor does not fit.
         """
         path = Path(folder) / "config.json"
-        values = weights.read_json(path)
-        weights.refuse(values, FIXED, path)
-        config = weights.config_from(VAEConfig, values, path)
-        return weights.load(cls, config, folder, dtype, rename_old_attention, variant)
+        values = read_json(path)
+        refuse(values, FIXED, path)
+        config = config_from(VAEConfig, values, path)
+        return load(cls, config, folder, dtype, rename_old_attention, variant)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> mean and log variance of z, each (B, 4, H/8, W/8), unscaled."""

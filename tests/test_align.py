@@ -11,7 +11,7 @@ from transformers import AlignConfig, AlignModel
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
 from model.align import ALIGN, ALIGNConfig, ALIGNImageConfig, ALIGNTextConfig, ALIGNVisionConfig
-from model.weights import CheckpointError
+from model.files.errors import CheckpointError
 
 TEXT = {
     "vocab_size": 99,

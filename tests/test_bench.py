@@ -222,7 +222,7 @@ def test_reserved_subjects_are_named():
 def test_every_variant_is_a_command_line_of_train(monkeypatch):
     for variants in GROUPS.values():
         for options in variants.values():
-            train.flags().parse_args(["--subject", "dog", *options])
+            train.arguments().parse_args(["--subject", "dog", *options])
 
 
 # ---------------------------------------------------------------------------------------------- whole runs

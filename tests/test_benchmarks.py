@@ -13,9 +13,9 @@ from tiny import call, error_line, write_base, write_photos
 import train
 from benchmarks import common, dreambooth_peer, memory, phases, release, run
 from model.align import ALIGN
+from model.files.tensors import read_tensors
 from model.stable_diffusion import StableDiffusion
 from model.tokenizer import BertTokenizer
-from model.weights import read_tensors
 from reward import Reward
 from subject import load_photos, load_subject
 

@@ -3,7 +3,7 @@
 import pytest
 from tiny import call, error_line
 
-from model.weights import CheckpointError
+from model.files.errors import CheckpointError
 from toy import check
 
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-import cli
-from model.weights import write_whole
-from pictures import GAP, KEPT, PAPER, check_page, film_strip, grid, save_png
+from model.files.write import write_atomic
+from support import flags
+from support.pictures import GAP, KEPT, PAPER, check_page, film_strip, grid, save_png
 
 # ---------------------------------------------------------------------------------------------- arguments
 
@@ -26,10 +26,14 @@ from pictures import GAP, KEPT, PAPER, check_page, film_strip, grid, save_png
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (cli.count, {"1": 1, "400": 400, " 7 ": 7}, ["0", "-3", "1.5", "1e3", "", "x", "nan", str(2**31), "9" * 5000]),
-        (cli.seed, {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63), "0.5", ""]),
-        (cli.positive, {"1e-4": 1e-4, "7.5": 7.5, "3": 3.0}, ["0", "-1", "nan", "inf", "-inf", "", "fast"]),
-        (cli.fraction, {"0": 0, "0.3": 0.3, "1": 1}, ["-0.1", "1.5", "nan", "inf", "", "x"]),
+        (
+            flags.count,
+            {"1": 1, "400": 400, " 7 ": 7},
+            ["0", "-3", "1.5", "1e3", "", "x", "nan", str(2**31), "9" * 5000],
+        ),
+        (flags.seed, {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63), "0.5", ""]),
+        (flags.positive, {"1e-4": 1e-4, "7.5": 7.5, "3": 3.0}, ["0", "-1", "nan", "inf", "-inf", "", "fast"]),
+        (flags.fraction, {"0": 0, "0.3": 0.3, "1": 1}, ["-0.1", "1.5", "nan", "inf", "", "x"]),
     ],
 )
 def test_numbers(kind, good, bad):
@@ -41,22 +45,22 @@ def test_numbers(kind, good, bad):
 
 
 def test_an_empty_path_is_no_path():
-    assert cli.path("a/b") == Path("a/b") and cli.path(".") == Path(".")
+    assert flags.path("a/b") == Path("a/b") and flags.path(".") == Path(".")
     with pytest.raises(argparse.ArgumentTypeError, match="empty"):
-        cli.path("")
+        flags.path("")
     with pytest.raises(argparse.ArgumentTypeError, match="not UTF-8"):  # no header, PNG or JSON can name it
-        cli.path(os.fsdecode(b"caf\xe9"))
+        flags.path(os.fsdecode(b"caf\xe9"))
 
 
 def test_text_is_utf_8():
-    assert cli.text("a café in the snow, 犬") == "a café in the snow, 犬"
+    assert flags.text("a café in the snow, 犬") == "a café in the snow, 犬"
     with pytest.raises(argparse.ArgumentTypeError, match="not UTF-8"):
-        cli.text(os.fsdecode(b"caf\xe9"))  # as a terminal in Latin-1 gives it
+        flags.text(os.fsdecode(b"caf\xe9"))  # as a terminal in Latin-1 gives it
 
 
 def test_parser_has_one_line_for_an_error_and_no_abbreviations(capsys):
-    parser = cli.Parser(description="a\nb")
-    parser.add_argument("--steps", type=cli.count)
+    parser = flags.Parser(description="a\nb")
+    parser.add_argument("--steps", type=flags.count)
     for arguments in (["--steps", "many"], ["--step", "3"], ["--other"], ["more"]):
         with pytest.raises(SystemExit) as stop:
             parser.parse_args(arguments)
@@ -68,38 +72,38 @@ def test_parser_has_one_line_for_an_error_and_no_abbreviations(capsys):
 
 
 def test_fail_is_one_line(capsys):
-    assert cli.fail(ValueError("one\n  two")) == 2
+    assert flags.fail(ValueError("one\n  two")) == 2
     assert capsys.readouterr().err.endswith("error: one two\n")
 
 
 def test_number():
     settings = {"lr": 1e-4, "batch": 2, "guidance": 3, "text": "2.5"}
-    assert cli.number(settings, "lr", 5e-6, "f") == 1e-4
-    assert cli.number(settings, "steps", 20, "f") == 20
-    assert cli.number(settings, "text", 1.0, "f") == 2.5  # a header holds texts
-    assert isinstance(cli.number(settings, "batch", 1, "f"), int)
-    assert isinstance(cli.number(settings, "guidance", 7.5, "f"), float)
+    assert flags.number(settings, "lr", 5e-6, "f") == 1e-4
+    assert flags.number(settings, "steps", 20, "f") == 20
+    assert flags.number(settings, "text", 1.0, "f") == 2.5  # a header holds texts
+    assert isinstance(flags.number(settings, "batch", 1, "f"), int)
+    assert isinstance(flags.number(settings, "guidance", 7.5, "f"), float)
     for value in ("fast", -1, 0, True, None, [], math.nan, math.inf):
         for default in (1, 1.0):
             with pytest.raises(ValueError, match=r"rpo\.json.*lr"):
-                cli.number({"lr": value}, "lr", default, "rpo.json")
+                flags.number({"lr": value}, "lr", default, "rpo.json")
     with pytest.raises(ValueError, match="whole"):
-        cli.number({"batch": 1.5}, "batch", 1, "rpo.json")
+        flags.number({"batch": 1.5}, "batch", 1, "rpo.json")
 
 
 def test_base_names(tmp_path, monkeypatch):
-    assert cli.base_name(cli.EMBEDDED_BASE) == "weights/toy"
-    monkeypatch.chdir(cli.EMBEDDED_BASE.parent)
-    assert cli.base_name(Path("toy")) == "weights/toy"
-    assert cli.base_folder("weights/toy") == cli.EMBEDDED_BASE
-    assert cli.base_folder(cli.base_name(tmp_path)) == tmp_path
+    assert flags.base_name(flags.EMBEDDED_BASE) == "weights/toy"
+    monkeypatch.chdir(flags.EMBEDDED_BASE.parent)
+    assert flags.base_name(Path("toy")) == "weights/toy"
+    assert flags.base_folder("weights/toy") == flags.EMBEDDED_BASE
+    assert flags.base_folder(flags.base_name(tmp_path)) == tmp_path
 
 
 def test_a_link_to_a_base_stays_a_link(tmp_path, monkeypatch):
     """Its tokenizer/ lies beside the link, not beside the file in some shared store."""
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "store")
     monkeypatch.chdir(tmp_path)
-    assert cli.base_name(Path("link.safetensors")) == str(tmp_path / "link.safetensors")
+    assert flags.base_name(Path("link.safetensors")) == str(tmp_path / "link.safetensors")
 
 
 def test_the_prediction_type_is_the_unets(tmp_path):
@@ -116,20 +120,20 @@ def test_the_prediction_type_is_the_unets(tmp_path):
         for flag in (None, "epsilon"):
             args = argparse.Namespace(base=base, variant=None, prediction_type=flag)
             ckpt = tmp_path / "best.safetensors" if read else None
-            assert cli.base_of(args, ckpt, read) == (tmp_path, None, flag or told)
+            assert flags.base_of(args, ckpt, read) == (tmp_path, None, flag or told)
 
 
 def test_device():
-    assert cli.device("cpu") == torch.device("cpu")
-    assert cli.device(None).type in ("cpu", "cuda", "mps")
+    assert flags.device("cpu") == torch.device("cpu")
+    assert flags.device(None).type in ("cpu", "cuda", "mps")
     for name in ("abacus", "meta", "cuda:99", "cpu:x", "", "xla", "vulkan", "privateuseone"):
         with pytest.raises(ValueError, match="--device"):
-            cli.device(name)
+            flags.device(name)
 
 
 def test_an_output_that_has_no_lambda_is_no_reason_to_end(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    command = [sys.executable, Path(cli.__file__).with_name("train.py"), "--help"]
+    command = [sys.executable, Path(flags.__file__).with_name("train.py"), "--help"]
     result = subprocess.run(command, env=environment, capture_output=True, timeout=60)
     assert result.returncode == 0 and b"? of the validation" in result.stdout
     assert b"Traceback" not in result.stderr
@@ -138,7 +142,7 @@ def test_an_output_that_has_no_lambda_is_no_reason_to_end(tmp_path):
 def test_a_log_grows_line_by_line(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO()))  # as of a pipe or a file
-    cli.Parser()
+    flags.Parser()
     print("step 40")
     assert sys.stdout.buffer.getvalue() == b"step 40\n"
 
@@ -148,7 +152,7 @@ def test_a_full_memory_is_told_with_what_may_help(capsys, error):
     def work():
         raise error
 
-    assert cli.guarded(work, lambda: "use less", "interrupted") == 2
+    assert flags.guarded(work, lambda: "use less", "interrupted") == 2
     line = capsys.readouterr().err
     assert line.endswith("the memory is full: use less\n") and line.count("\n") == 1
 
@@ -160,7 +164,7 @@ def test_a_signal_to_end_is_as_ctrl_c(monkeypatch, capsys, name, hidden):
     number = getattr(signal, name)
     before = signal.signal(number, signal.SIG_IGN if hidden else signal.SIG_DFL)
     try:
-        status = cli.guarded(lambda: os.kill(os.getpid(), number) or time.sleep(0.01) or 0, str, "interrupted")
+        status = flags.guarded(lambda: os.kill(os.getpid(), number) or time.sleep(0.01) or 0, str, "interrupted")
     finally:
         signal.signal(number, before)
     assert (status, capsys.readouterr().err.strip()) == ((0, "") if hidden else (130, "interrupted"))
@@ -170,7 +174,7 @@ def test_device_makes_its_gpu_the_current_one(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
-    assert [cli.device(name) for name in ("cuda:1", "cuda", "cpu")] == [*map(torch.device, ("cuda:1", "cuda", "cpu"))]
+    assert [flags.device(name) for name in ("cuda:1", "cuda", "cpu")] == [*map(torch.device, ("cuda:1", "cuda", "cpu"))]
     assert chosen == [torch.device("cuda:1")]
 
 
@@ -179,10 +183,10 @@ def test_device_makes_its_gpu_the_current_one(monkeypatch):
 
 def test_check_writable_leaves_nothing(tmp_path):
     for path in (tmp_path / "a.png", tmp_path / "new" / "deep" / "a.png"):
-        cli.check_writable(path)
+        flags.check_writable(path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.png").write_text("old", encoding="utf-8")
-    cli.check_writable(tmp_path / "a.png")
+    flags.check_writable(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_text(encoding="utf-8") == "old"
 
 
@@ -190,7 +194,7 @@ def test_check_writable_ends_where_the_drive_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = iter([False] * 9)  # as of Z: on Windows, whose parent is Z:; at last StopIteration
     monkeypatch.setattr(os.path, "lexists", lambda path: next(asked))
-    cli.check_writable(Path("a") / "b.png")
+    flags.check_writable(Path("a") / "b.png")
 
 
 def test_check_writable_refuses(tmp_path, monkeypatch):
@@ -199,17 +203,17 @@ def test_check_writable_refuses(tmp_path, monkeypatch):
     nowhere = (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b", tmp_path / ("x" * 300), tmp_path / "link" / "a")
     for path in (tmp_path, *nowhere):
         with pytest.raises(ValueError, match=r"folder|cannot be written"):
-            cli.check_writable(path)
+            flags.check_writable(path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 2**20))
-    cli.check_writable(tmp_path / "a", 2**20)
+    flags.check_writable(tmp_path / "a", 2**20)
     with pytest.raises(ValueError, match="GiB"):
-        cli.check_writable(tmp_path / "a", 2**20 + 1)
+        flags.check_writable(tmp_path / "a", 2**20 + 1)
 
 
 def test_write_whole(tmp_path):
     path = tmp_path / "new" / "a.txt"
-    write_whole(path, lambda beside: beside.write_text("one", encoding="utf-8"))
-    write_whole(path, lambda beside: beside.write_text("two", encoding="utf-8"))
+    write_atomic(path, lambda beside: beside.write_text("one", encoding="utf-8"))
+    write_atomic(path, lambda beside: beside.write_text("two", encoding="utf-8"))
     assert path.read_text(encoding="utf-8") == "two" and list(path.parent.iterdir()) == [path]
 
 
@@ -232,10 +236,10 @@ def test_write_whole_leaves_the_old_file_if_it_fails(tmp_path, monkeypatch, rais
         raise raised
 
     with pytest.raises(seen):
-        write_whole(path, half)
+        write_atomic(path, half)
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(seen):
-        write_whole(path, lambda beside: beside.write_text("new", encoding="utf-8"))
+        write_atomic(path, lambda beside: beside.write_text("new", encoding="utf-8"))
     assert path.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPTextEncoder, CLIPVisionConfig
-from model.weights import CheckpointError, config_from
+from model.files.config import config_from
+from model.files.errors import CheckpointError
 
 TEXT = {
     "vocab_size": 99,

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from model.dino import DINO, DINOConfig
-from model.weights import CheckpointError
+from model.files.errors import CheckpointError
 
 SMALL = {
     "hidden_size": 48,

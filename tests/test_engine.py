@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny import UNET, call, error_line, write_base, write_photos
 from torch import nn
 
-import engine
-import parallel
 import sample
 import train
+from model.files.config import config_from
+from model.files.errors import CheckpointError
 from model.lora import add_lora, lora_of, without_lora
 from model.stable_diffusion import StableDiffusion
 from model.unet import UNet, UNetConfig
-from model.weights import CheckpointError, config_from
+from support import machine, memory, ranks
 from toy.networks import WEIGHTS
 
 QUICK = ("--steps", 2, "--validate-every", 1, "--solver-steps", 1, "--images-per-prompt", 1, "--lr", 1e-3)
@@ -67,12 +67,12 @@ def rows(folder):
 
 
 def test_default_precision(monkeypatch):
-    assert engine.precision(None, CPU) == engine.precision(None, torch.device("mps")) == "fp32"
-    assert engine.precision("bf16", CPU) == "bf16"
+    assert machine.precision(None, CPU) == machine.precision(None, torch.device("mps")) == "fp32"
+    assert machine.precision("bf16", CPU) == "bf16"
     for knows, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, knows=knows: knows)
-        assert engine.precision(None, torch.device("cuda")) == expected
-        assert engine.precision("fp32", torch.device("cuda")) == "fp32"
+        assert machine.precision(None, torch.device("cuda")) == expected
+        assert machine.precision("fp32", torch.device("cuda")) == "fp32"
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -82,7 +82,7 @@ def test_rounded_frozen_weights_change_no_prediction(unet, lora):
     if lora:
         learned.requires_grad_(True)
     rounded = copy.deepcopy(unet)
-    engine.round_frozen(rounded, torch.bfloat16)
+    machine.round_frozen(rounded, torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in rounded.named_parameters()}
     assert dtypes["conv_in.weight"] == dtypes["mid_block.attentions.0.proj_out.weight"] == torch.bfloat16
     assert dtypes["conv_norm_out.weight"] == torch.float32  # autocast computes the norms in fp32
@@ -93,7 +93,7 @@ def test_rounded_frozen_weights_change_no_prediction(unet, lora):
 
 
 def test_a_frozen_network_that_learns_is_left_alone(unet):
-    engine.round_frozen(unet.requires_grad_(True), torch.bfloat16)
+    machine.round_frozen(unet.requires_grad_(True), torch.bfloat16)
     assert all(parameter.dtype == torch.float32 for parameter in unet.parameters())
 
 
@@ -101,7 +101,7 @@ def test_half_precision_draws_other_numbers_and_the_same_picture(world, tmp_path
     pictures = {}
     for precision in ("fp32", "bf16", "fp16"):
         sd = StableDiffusion.from_pretrained(world / "base")
-        sd.precision = engine.PRECISIONS[precision]
+        sd.precision = machine.PRECISIONS[precision]
         seen = []
         sd.vae.decoder.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.dtype))
         pictures[precision] = torch.tensor(list(sd.generate(["a dog"], [0], steps=2)[0].tobytes()), dtype=torch.float)
@@ -196,19 +196,19 @@ def test_fp16_passes_over_a_step_that_overflows(run, tmp_path, monkeypatch):
 
 def test_the_term_that_is_no_number_is_named():
     tensors = {"total": torch.tensor(2.0), "similarity": torch.ones(()), "margin": torch.tensor([1.0, 2.0])}
-    good = engine.numbers(tensors | {"gradient_norm": torch.tensor(3.0)})
+    good = machine.numbers(tensors | {"gradient_norm": torch.tensor(3.0)})
     assert good == {"total": 2.0, "similarity": 1.0, "margin": 1.5, "gradient_norm": 3.0}
-    assert engine.check_numbers(good, 1) == engine.check_numbers(good, 1, scaled=True) == good
+    assert machine.check_numbers(good, 1) == machine.check_numbers(good, 1, scaled=True) == good
     wrong = {"total": math.nan, "similarity": 1.0, "preference": math.inf, "gradient_norm": 3.0}
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 7 \(preference is inf\).*--lr"):
-        engine.check_numbers(wrong, 7)
+        machine.check_numbers(wrong, 7)
     with pytest.raises(FloatingPointError, match="preference"):  # a scaler excuses gradients, not a loss
-        engine.check_numbers(wrong | {"gradient_norm": math.nan}, 7, scaled=True)
+        machine.check_numbers(wrong | {"gradient_norm": math.nan}, 7, scaled=True)
     overflow = good | {"gradient_norm": math.inf}
     with pytest.raises(FloatingPointError, match="gradient_norm is inf"):
-        engine.check_numbers(overflow, 7)
-    assert engine.check_numbers(overflow, 7, scaled=True)["gradient_norm"] is None
-    assert engine.check_numbers(good | {"margin": math.nan}, 1)["total"] == 2.0  # no part of the total
+        machine.check_numbers(overflow, 7)
+    assert machine.check_numbers(overflow, 7, scaled=True)["gradient_norm"] is None
+    assert machine.check_numbers(good | {"margin": math.nan}, 1)["total"] == 2.0  # no part of the total
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_best(run, tmp_path, monkeypatch, capsys):
@@ -262,7 +262,7 @@ OTHERS = 380_000_000  # VAE, text encoder and ALIGN
 
 
 def estimated(**changed):
-    return engine.estimate(SD15, **{"others": OTHERS, "side": 64, "batch": 1, "precision": "bf16"} | changed)
+    return memory.estimate(SD15, **{"others": OTHERS, "side": 64, "batch": 1, "precision": "bf16"} | changed)
 
 
 def test_estimate_counts_the_weights():
@@ -306,12 +306,12 @@ def test_estimate_of_a_step_is_what_autograd_keeps(unet):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         out = unet(torch.randn(2 * pairs, 4, side, side), 7, torch.randn(2 * pairs, 5, 32))
     assert out.requires_grad
-    assert engine.estimate(unet.config, 0, side, pairs)["a step"] == pytest.approx(sum(kept.values()), rel=0.1)
+    assert memory.estimate(unet.config, 0, side, pairs)["a step"] == pytest.approx(sum(kept.values()), rel=0.1)
 
 
 def test_remedies_come_in_order():
     def of(**changed):
-        return engine.remedy(flags(**changed))
+        return memory.remedy(flags(**changed))
 
     first = of(precision="fp32")
     flags_in_order = ("bf16", "--lora-rank", "--checkpoint-gradients", "--batch", "larger machine")
@@ -329,10 +329,10 @@ def test_short_memory_is_told_and_the_frozen_networks_go_between_validations(run
     plain, out = load_file("best.safetensors"), capsys.readouterr()
     assert "memory, estimated" in out.out and "warning" not in out.out
     moves = []
-    monkeypatch.setattr(engine, "free_memory", lambda device: 1e3)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e3)
     monkeypatch.setattr(nn.Module, "cpu", lambda self: moves.append("away"))
-    visiting = engine.visiting
-    monkeypatch.setattr(engine, "visiting", lambda away, device: moves.append("back") or visiting(away, device))
+    visiting = memory.visiting
+    monkeypatch.setattr(memory, "visiting", lambda away, device: moves.append("back") or visiting(away, device))
     assert run() == 0
     assert "warning: this GPU has" in capsys.readouterr().out
     assert moves == ["away"] * 3 + (["back"] + ["away"] * 3) * 3
@@ -377,7 +377,7 @@ def test_compiled_keeps_its_keys_and_heeds_the_switch(unet, monkeypatch):
         base = unet(*inputs())
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compiler(*args, backend="eager"))
-    engine.compile_networks([unet], CPU)
+    machine.compile_networks([unet], CPU)
     assert unet._compiled_call_impl is not None and list(unet.state_dict()) == keys
     assert torch.allclose(unet(*inputs()), plain, atol=1e-6)
     with torch.no_grad(), without_lora(unet):
@@ -397,7 +397,7 @@ def test_no_compiler_is_one_line(run, monkeypatch, capsys):
 
 def test_flags_are_few():
     """At most twenty, but for the method's."""
-    *groups, method = train.flags()._action_groups
+    *groups, method = train.arguments()._action_groups
     flags = [action for group in groups for action in group._group_actions if action.dest != "help"]
     assert method.title.startswith("the method") and len(method._group_actions) > 5
     assert 15 <= len(flags) <= 20
@@ -405,11 +405,11 @@ def test_flags_are_few():
 
 def test_a_process_holds_its_own_pairs_alone(monkeypatch):
     common = {"base": WEIGHTS, "align": WEIGHTS / "reward", "variant": None, "prediction_type": None}
-    of_one = engine.estimate_of(flags(batch=2, **common))
-    monkeypatch.setattr(parallel, "world", lambda: 3)
-    assert engine.estimate_of(flags(batch=5, **common)) == of_one
-    assert "a smaller --batch" in engine.remedy(flags(batch=5))
-    assert "smaller --batch" not in engine.remedy(flags(batch=3))
+    of_one = memory.estimate_of(flags(batch=2, **common))
+    monkeypatch.setattr(ranks, "world", lambda: 3)
+    assert memory.estimate_of(flags(batch=5, **common)) == of_one
+    assert "a smaller --batch" in memory.remedy(flags(batch=5))
+    assert "smaller --batch" not in memory.remedy(flags(batch=3))
 
 
 def test_a_single_file_is_estimated_as_it_is_loaded(tmp_path):
@@ -419,9 +419,9 @@ def test_a_single_file_is_estimated_as_it_is_loaded(tmp_path):
     save_file(load_file(tmp_path / "told.safetensors"), bare)  # without the header
     common = {"align": WEIGHTS / "reward", "variant": None}
     with pytest.raises(CheckpointError, match="what it predicts"):
-        engine.estimate_of(flags(base=bare, prediction_type=None, **common))
-    ours = engine.estimate_of(flags(base=bare, prediction_type="epsilon", **common))
-    assert ours["weights"] == engine.estimate_of(flags(base=WEIGHTS, prediction_type=None, **common))["weights"]
+        memory.estimate_of(flags(base=bare, prediction_type=None, **common))
+    ours = memory.estimate_of(flags(base=bare, prediction_type="epsilon", **common))
+    assert ours["weights"] == memory.estimate_of(flags(base=WEIGHTS, prediction_type=None, **common))["weights"]
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_a_wrong_configuration_is_named_before_anything_is_loaded(world, run, tm
 def test_rounding_leaves_another_network_with_the_same_weights_alone():
     layer, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     other.weight, other.bias = layer.weight, layer.bias
-    engine.round_frozen(torch.nn.Sequential(layer).requires_grad_(False), torch.bfloat16)
+    machine.round_frozen(torch.nn.Sequential(layer).requires_grad_(False), torch.bfloat16)
     assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
     assert other.weight.dtype == other.bias.dtype == torch.float32
 
@@ -448,8 +448,8 @@ def test_rounding_leaves_another_network_with_the_same_weights_alone():
 def test_the_estimate_holds_the_load_in_fp32():
     """Checkpointed LoRA needs less for a step in half precision than for its weights as they are read."""
     config, others = UNetConfig(), 380_000_000
-    parts = engine.estimate(config, others, 64, 1, "bf16", 16, True)
+    parts = memory.estimate(config, others, 64, 1, "bf16", 16, True)
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in UNet(config).parameters())
     assert sum(parts.values()) == 4 * weights + 4 * others
-    assert sum(engine.estimate(config, others, 64, 1, "bf16", 16, False).values()) > 4 * weights + 4 * others
+    assert sum(memory.estimate(config, others, 64, 1, "bf16", 16, False).values()) > 4 * weights + 4 * others

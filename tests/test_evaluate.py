@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import WEIGHTS, call, error_line, files_in, write_base, write_metrics, write_photos
 
-import cli
 import evaluate
-import record
 from metrics import Metrics
+from model.files.tensors import read_metadata
+from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
-from model.weights import read_metadata, save_tensors
 from reward import lambda_harmonic
 from subject import open_photo
+from support import flags, record
 
 QUICK = ("--steps", 1, "--n", 1, "--device", "cpu")
 NAMES = ["dino", "clip_i", "clip_t", "align_i", "align_t"]
@@ -280,7 +280,7 @@ def test_base_alone(run, base, dog, asked, tmp_path, monkeypatch):
     first = read("base-base-dog.eval.json")
     assert asked[0]["guidance"] == 7.5 and first["settings"]["ckpt"] is None
     assert "Model: base, " in Image.open(Path("base-base-dog.eval") / first["images"][0]["file"]).text["parameters"]
-    monkeypatch.setattr(cli, "EMBEDDED_BASE", base)
+    monkeypatch.setattr(flags, "EMBEDDED_BASE", base)
     assert run("--subject", dog) == 0
     assert read("base-base-dog.eval.json")["images"] == first["images"]
     assert read("base-base-dog.eval.json")["settings"]["base"] == "weights/toy"

@@ -24,9 +24,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from model.align import ALIGN, ALIGNConfig
 from model.clip import CLIP, CLIPConfig, CLIPTextEncoder
 from model.dino import DINO, DINOConfig
+from model.files.config import config_from
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
-from model.weights import config_from
 
 # Key for key as published, null values and stale ones (the text encoders' bos, eos and pad) included.
 UNET = {

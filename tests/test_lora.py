@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from tiny import write_base
 
 from model import lora
+from model.files.errors import CheckpointError
+from model.files.tensors import read_metadata
+from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
 from model.unet import UNet, UNetConfig
-from model.weights import CheckpointError, read_metadata, save_tensors
 
 WIDTH = 24  # of the context
 SMALL = {"cross_attention_dim": WIDTH, "norm_num_groups": 8}

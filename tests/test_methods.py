@@ -16,9 +16,10 @@ import sample
 import train
 from baselines.dreambooth import DreamBooth
 from model.dino import DINO, DINOConfig
+from model.files.config import config_from
+from model.files.tensors import read_metadata
 from model.stable_diffusion import StableDiffusion
 from model.unet import UNet
-from model.weights import config_from, read_metadata
 from toy.networks import DINO_CONFIG, PREPROCESSORS, write_part
 
 QUICK = ("--steps", 3, "--validate-every", 3, "--solver-steps", 1, "--images-per-prompt", 1, "--lr", 1e-3)

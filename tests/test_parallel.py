@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import call, error_line, files_in, write_base, write_photos
 
-import cli
 import evaluate
-import parallel
 import train
+from model.files.tensors import read_metadata
 from model.stable_diffusion import StableDiffusion
-from model.weights import read_metadata
+from support import flags, ranks
 
 QUICK = ("--steps", 4, "--validate-every", 2, "--solver-steps", 1, "--images-per-prompt", 2, "--lr", 1e-3)
 QUICK = (*QUICK, "--device", "cpu")
@@ -40,7 +39,7 @@ def process(work, rank, world, port, folder):
     os.chdir(folder)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}{rank}", os.O_CREAT | os.O_WRONLY), stream)
-    status = parallel.together(work)
+    status = ranks.together(work)
     sys.stdout.flush()
     sys.exit(status)
 
@@ -93,7 +92,7 @@ def note_draws():
     generate = StableDiffusion.generate
 
     def note(self, prompts, *rest, **options):
-        with open(f"drawn{parallel.rank()}", "a", encoding="utf-8") as file:
+        with open(f"drawn{ranks.rank()}", "a", encoding="utf-8") as file:
             file.write(f"{len(prompts)} {prompts[0]}\n")
         return generate(self, prompts, *rest, **options)
 
@@ -114,13 +113,13 @@ def history(path):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_parts_cover_everything_once(monkeypatch, world):
-    monkeypatch.setattr(parallel, "world", lambda: world)
+    monkeypatch.setattr(ranks, "world", lambda: world)
     for n in range(1, 20):
         parts, weights = [], []
         for rank in range(world):
-            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-            parts.append(list(range(n))[parallel.part(n)])
-            pairs, weight = parallel.weighted_part(n)
+            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+            parts.append(list(range(n))[ranks.part(n)])
+            pairs, weight = ranks.weighted_part(n)
             assert list(range(n))[pairs] == (parts[-1] or [0])  # never empty: a loss of no pairs would be NaN
             assert weight == len(parts[-1]) / n
             weights.append(weight)
@@ -129,41 +128,41 @@ def test_parts_cover_everything_once(monkeypatch, world):
 
 
 def test_one_process_needs_no_group(monkeypatch):
-    monkeypatch.setattr(parallel.dist, "init_process_group", None)
+    monkeypatch.setattr(ranks.dist, "init_process_group", None)
     for size in (None, "1"):  # without torchrun, and with --nproc_per_node=1
         monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE", raising=False)
-        assert parallel.together(lambda: 7) == 7
+        assert ranks.together(lambda: 7) == 7
     monkeypatch.setenv("WORLD_SIZE", "4")  # as some cluster images have it
     monkeypatch.delenv("RANK", raising=False)
-    assert parallel.together(lambda: 7) == 7
+    assert ranks.together(lambda: 7) == 7
     items, row, weight = [1, 2], {"a": 0.1}, torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.full((3,), 0.1)
-    parallel.average([weight], 0.5)
+    ranks.average([weight], 0.5)
     assert weight.grad.tolist() == [torch.tensor(0.1).item()] * 3
-    assert parallel.gather(items) is items and parallel.mean(row, 0.5) is row
-    assert (parallel.world(), parallel.rank(), parallel.speaks_first()) == (1, 0, True)
+    assert ranks.gather(items) is items and ranks.mean(row, 0.5) is row
+    assert (ranks.world(), ranks.rank(), ranks.speaks_first()) == (1, 0, True)
 
 
 def collectives():
     """Gradients of rank r are r + 1 times `first`; weights 1/2, 1/3, 1/6."""
-    rank, weight = parallel.rank(), [1 / 2, 1 / 3, 1 / 6][parallel.rank()]
+    rank, weight = ranks.rank(), [1 / 2, 1 / 3, 1 / 6][ranks.rank()]
     draws, shapes = torch.Generator().manual_seed(0), ((2, 3, 4, 4), (7,), (), (5, 5))
     first = [torch.randn(shape, generator=draws) for shape in shapes]
-    unused, reduced, all_reduce = torch.nn.Parameter(torch.zeros(3)), [], parallel.dist.all_reduce
-    parallel.dist.all_reduce = lambda flat: reduced.append(flat.numel()) or all_reduce(flat)
-    for bucket in (30, parallel.BUCKET):
-        parallel.BUCKET = bucket
+    unused, reduced, all_reduce = torch.nn.Parameter(torch.zeros(3)), [], ranks.dist.all_reduce
+    ranks.dist.all_reduce = lambda flat: reduced.append(flat.numel()) or all_reduce(flat)
+    for bucket in (30, ranks.BUCKET):
+        ranks.BUCKET = bucket
         parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in first]
         for parameter, gradient in zip(parameters, first, strict=True):
             parameter.grad = (rank + 1) * gradient
         parameters[0].grad = parameters[0].grad.to(memory_format=torch.channels_last)
-        parallel.average([unused, *parameters], weight)
+        ranks.average([unused, *parameters], weight)
         for parameter, gradient in zip(parameters, first, strict=True):
             assert torch.allclose(parameter.grad, (1 / 2 + 2 / 3 + 3 / 6) * gradient, rtol=1e-6)
     assert unused.grad is None
     assert reduced == [96, 8, 25, 129]
-    assert parallel.gather([f"{rank}{i}" for i in range(rank)]) == ["10", "20", "21"]
-    row = parallel.mean({"a": float(rank), "b": 1.0}, weight)
+    assert ranks.gather([f"{rank}{i}" for i in range(rank)]) == ["10", "20", "21"]
+    row = ranks.mean({"a": float(rank), "b": 1.0}, weight)
     assert list(row) == ["a", "b"] and abs(row["a"] - 2 / 3) < 1e-12 and abs(row["b"] - 1) < 1e-12
     print("checked")
     return 0
@@ -241,7 +240,7 @@ def spoilt(kind, world):
     step = train.Trainer.step
 
     def fail(self, now):
-        if now == 3 and parallel.rank() == 1:
+        if now == 3 and ranks.rank() == 1:
             if kind == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory")
             if kind == "killed":
@@ -285,18 +284,18 @@ def test_an_error_ends_all_with_one_line(start, world, tmp_path, kind, word):
 
 def test_each_process_has_its_own_gpu(monkeypatch):
     chosen = []
-    monkeypatch.setattr(parallel, "world", lambda: 2)
-    monkeypatch.setattr(parallel, "rank", lambda: 9)  # of all machines
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 9)  # of all machines
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (parallel.device("cuda"), parallel.device("cpu"), chosen) == ("cuda:1", "cpu", [1])
+    assert (ranks.device("cuda"), ranks.device("cpu"), chosen) == ("cuda:1", "cpu", [1])
     for name in ("cuda:0", "mps"):
         with pytest.raises(ValueError, match="give cpu or cuda"):
-            cli.device(name)
+            flags.device(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="--nproc_per_node=1"):
-        cli.device("cuda")
+        flags.device("cuda")
 
 
 # ---------------------------------------------------------------------------------------------- evaluate.py
@@ -336,8 +335,8 @@ def test_subjects_are_shared_out(start, world, tmp_path, monkeypatch, capsys):
     err, (other,) = text(here, "err")
     assert other.count("dog: error: ") == 2 and "error" not in err
     capsys.readouterr()
-    monkeypatch.setattr(parallel, "world", lambda: 2)
-    monkeypatch.setattr(parallel, "speaks_first", lambda: True)
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "speaks_first", lambda: True)
     assert call(evaluate, monkeypatch, "--subject", tmp_path / "dataset" / "dog") == 2
     assert "--subject is work for one process" in error_line(capsys)
 

@@ -19,7 +19,7 @@ from transformers.models.efficientnet.image_processing_pil_efficientnet import E
 from model.align import ALIGN, ALIGNConfig
 from model.clip import CLIP, CLIPConfig, CLIPPictures
 from model.dino import DINO, DINOConfig, DINOPictures
-from model.weights import config_from
+from model.files.config import config_from
 from toy.networks import PREPROCESSORS as TOY
 
 PUBLISHED = {

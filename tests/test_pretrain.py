@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tiny import call, error_line
 from torch import nn
 
+from model.files.config import config_from
 from model.vae import VAE, VAEConfig
-from model.weights import config_from
 from toy import adversary, contrastive, data, loop, pretrain, world
 from toy.networks import write_part
 

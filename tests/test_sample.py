@@ -14,12 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import UNET, WEIGHTS, call, error_line, files_in, write_base, write_photos
 
-import cli
 import sample
 import train
+from model.files.config import config_from
+from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
 from model.unet import UNet, UNetConfig
-from model.weights import config_from, save_tensors
+from support import flags
 
 QUICK = ("--steps", 1, "--n", 1)
 TRAINING = ("--subject", "dog", "--steps", 2, "--validate-every", 1, "--solver-steps", 1, "--images-per-prompt", 1)
@@ -89,13 +90,13 @@ def test_base_alone(run, base, asked, tmp_path, monkeypatch):
     assert asked["prompts"][0] == "a photo of a dog" and asked["guidance"] == 7.5
     assert torch.equal(asked["unet"]["conv_in.weight"], load_file(base / "unet" / WEIGHTS)["conv_in.weight"].float())
     before = pixels(tmp_path / "outputs")
-    monkeypatch.setattr(cli, "EMBEDDED_BASE", base)  # what is used when nothing is named
+    monkeypatch.setattr(flags, "EMBEDDED_BASE", base)  # what is used when nothing is named
     assert run("--out", "again") == 0
     assert pixels(tmp_path / "again") == before
 
 
 def test_embedded_base_is_found_by_its_name(run, base, ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "EMBEDDED_BASE", base)
+    monkeypatch.setattr(flags, "EMBEDDED_BASE", base)
     save_tensors(load_file(ckpt), tmp_path / "moved.safetensors", {"base": "weights/toy", "noun": "cat"})
     assert run("--ckpt", "moved.safetensors") == 0
     assert "a-photo-of-a-V-cat-0.png" in files_in(tmp_path / "outputs")
@@ -583,6 +584,6 @@ def test_a_file_without_its_tokenizer_says_where_to_get_it(base, run, tmp_path, 
 
 def test_a_file_beside_another_models_tokenizer(base, run, tmp_path, capsys):
     assert run("--base", base, "--export-single", tmp_path / "whole.safetensors") == 0
-    shutil.copytree(cli.EMBEDDED_BASE / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(flags.EMBEDDED_BASE / "tokenizer", tmp_path / "tokenizer")
     assert run("--base", tmp_path / "whole.safetensors") == 2
     assert "the text encoder reads" in error_line(capsys) and not (tmp_path / "outputs").exists()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
+from model.files.errors import CheckpointError
 from model.scheduler import SAMPLERS, Scheduler, SchedulerConfig, randn
-from model.weights import CheckpointError
 
 # The public scheduler_config.json of Stable Diffusion 1.5. `clip_sample` false is what our class assumes anyway.
 SD = {

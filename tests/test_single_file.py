@@ -15,9 +15,11 @@ from diffusers.loaders import single_file_utils as theirs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model import clip, single_file, unet, vae
-from model.single_file import compvis_names, describe, read_single_file, write_single_file
-from model.weights import CheckpointError, config_from
+from model import clip, unet, vae
+from model.files import single_file
+from model.files.config import config_from
+from model.files.errors import CheckpointError
+from model.files.single_file import compvis_names, describe, read_single_file, write_single_file
 
 U, V, T = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 CROSS, PLAIN = "CrossAttn", ""

@@ -29,10 +29,10 @@ from tokenizers import pre_tokenizers
 from model.align import ALIGN
 from model.clip import CLIP
 from model.dino import DINO
+from model.files.errors import CheckpointError
 from model.scheduler import randn
 from model.stable_diffusion import StableDiffusion, recommended
 from model.tokenizer import BertTokenizer, CLIPTokenizer
-from model.weights import CheckpointError
 from toy.networks import WEIGHTS as TOY
 
 # What the public folders' scheduler_config.json say: SD 1.x, SD 2.1 at 768 px, and weights/toy.

@@ -17,8 +17,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from model.files.errors import CheckpointError
 from model.tokenizer import BertTokenizer, CLIPTokenizer
-from model.weights import CheckpointError
 
 CORPUS = [
     "a photo of a dog on the beach",

@@ -16,15 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS, call, error_line, files_in, write_base, write_photos
 
-import engine
-import record
 import train
 from model.align import ALIGN
+from model.files.tensors import read_metadata
 from model.stable_diffusion import StableDiffusion
 from model.tokenizer import BertTokenizer
-from model.weights import read_metadata
-from pictures import film_strip
 from reward import lambda_harmonic
+from support import machine, record
+from support.pictures import film_strip
 
 RESULT = ["best.jsonl", "best.png", "best.safetensors"]
 STATE = "best.state.pt"
@@ -466,7 +465,7 @@ def test_a_state_of_the_version_before_and_other_speed_are_welcome(run, done, in
     path = interrupted / STATE
     state = torch.load(path)
     torch.save(state | {"method": {}, "run": state["run"] | {"compile": "False"}}, path)
-    monkeypatch.setattr(engine, "compile_networks", lambda *networks: None)
+    monkeypatch.setattr(machine, "compile_networks", lambda *networks: None)
     assert run("--resume", "--compile") == 0
     assert same_files(interrupted, done[0])
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from model.files.errors import CheckpointError
 from model.unet import UNet, UNetConfig
-from model.weights import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")

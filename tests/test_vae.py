@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from model.files.errors import CheckpointError
 from model.vae import VAE, VAEConfig, rename_old_attention
-from model.weights import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

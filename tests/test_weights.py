@@ -13,14 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model import weights
 from model.align import ALIGN, ALIGNConfig, ALIGNTextConfig, ALIGNVisionConfig
 from model.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPTextEncoder
 from model.dino import DINO, DINOConfig
+from model.files import tensors as tensors_file
+from model.files import write
+from model.files.config import config_from, one_size, read_json, refuse
+from model.files.errors import CheckpointError
+from model.files.tensors import find_weights, load_tensors, read_metadata, read_tensors, what_is
+from model.files.write import save_tensors, write_atomic
 from model.scheduler import Scheduler
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
-from model.weights import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def saved(folder, **changes):
 
 
 def load(folder, **kwargs):
-    return weights.load(Network, Config(), folder, **kwargs)
+    return tensors_file.load(Network, Config(), folder, **kwargs)
 
 
 def refused(call, *parts):
@@ -122,7 +126,7 @@ def test_rename(tmp_path):
 
 def test_an_impossible_config(tmp_path):
     saved(tmp_path)
-    refused(lambda: weights.load(Network, Config(width=-2), tmp_path), tmp_path / NAME, "no possible network")
+    refused(lambda: tensors_file.load(Network, Config(width=-2), tmp_path), tmp_path / NAME, "no possible network")
 
 
 UNET = "diffusion_pytorch_model"
@@ -184,18 +188,18 @@ def test_find_weights(tmp_path, files, variant, expected):
     for name in files.split():
         (tmp_path / name).touch()
     if isinstance(expected, str):
-        assert weights.find_weights(tmp_path, variant) == tmp_path / expected
+        assert find_weights(tmp_path, variant) == tmp_path / expected
     else:
-        refused(lambda: weights.find_weights(tmp_path, variant), tmp_path, *expected)
+        refused(lambda: find_weights(tmp_path, variant), tmp_path, *expected)
 
 
 def test_a_folder_is_no_weight_file(tmp_path):
     (tmp_path / f"{UNET}.safetensors").mkdir()
-    refused(lambda: weights.find_weights(tmp_path), tmp_path)
+    refused(lambda: find_weights(tmp_path), tmp_path)
     (tmp_path / NAME).touch()
-    assert weights.find_weights(tmp_path) == tmp_path / NAME
+    assert find_weights(tmp_path) == tmp_path / NAME
     for folder in (tmp_path / "none", tmp_path / NAME):
-        refused(lambda folder=folder: weights.find_weights(folder), folder, "no checkpoint folder")
+        refused(lambda folder=folder: find_weights(folder), folder, "no checkpoint folder")
 
 
 def in_shards(folder, **changes):
@@ -214,7 +218,7 @@ def in_shards(folder, **changes):
 
 def test_shards(tmp_path):
     tensors = in_shards(tmp_path)
-    read = weights.read_tensors(tmp_path / f"{NAME}.index.json")
+    read = read_tensors(tmp_path / f"{NAME}.index.json")
     assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
     assert torch.equal(load(tmp_path).norm.weight, tensors["norm.weight"])
 
@@ -236,7 +240,7 @@ def test_what_the_libraries_write(tmp_path, variant, shards, safe):
     for theirs, ours in ((vae, VAE), (text, CLIPTextEncoder)):
         folder = tmp_path / ours.__name__
         theirs.save_pretrained(folder, max_shard_size=shards, variant=variant, safe_serialization=safe)
-        assert (weights.find_weights(folder).suffix == ".json") == (shards == "100KB")
+        assert (find_weights(folder).suffix == ".json") == (shards == "100KB")
         for asked in {variant, None}:
             network = ours.from_pretrained(folder, variant=asked)
             assert total(network) == pytest.approx(total(theirs), rel=1e-12)
@@ -309,7 +313,7 @@ def test_a_garbled_index(tmp_path, text, message):
 def test_a_note_of_git_lfs(tmp_path):
     for name in (NAME, "pytorch_model.bin"):
         (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-        refused(lambda name=name: weights.read_tensors(tmp_path / name), tmp_path / name, "git lfs pull")
+        refused(lambda name=name: read_tensors(tmp_path / name), tmp_path / name, "git lfs pull")
 
 
 KINDS = {
@@ -327,7 +331,7 @@ KINDS = {
 @pytest.mark.parametrize(("key", "kind"), KINDS.items())
 def test_what_is(key, kind):
     keys = ["time_embedding.linear_1.weight", key] if kind else [key]
-    assert kind in weights.what_is(keys) if kind else weights.what_is(keys) is None
+    assert kind in what_is(keys) if kind else what_is(keys) is None
 
 
 def test_what_the_networks_are(tmp_path):
@@ -340,19 +344,19 @@ def test_what_the_networks_are(tmp_path):
             "a U-Net": UNet(UNetConfig(layers_per_block=1)),
             "a VAE": VAE(VAEConfig(layers_per_block=1)),
             "a CLIP text encoder": CLIPTextEncoder(CLIPTextConfig(**text)),
-            "CLIP, with both its towers": CLIP(weights.config_from(CLIPConfig, towers)),
+            "CLIP, with both its towers": CLIP(config_from(CLIPConfig, towers)),
             "ALIGN": ALIGN(ALIGNConfig(ALIGNTextConfig(num_hidden_layers=1), ALIGNVisionConfig(**vision))),
             "a vision transformer, such as DINO": DINO(DINOConfig(num_hidden_layers=1)),
         }
     for kind, network in networks.items():
-        assert weights.what_is(network.state_dict()) == kind
+        assert what_is(network.state_dict()) == kind
         for other in networks.values():
             if other is not network:
-                refused(lambda: weights.load_tensors(other, network.state_dict(), "FILE"), f"it is {kind}; it ")  # noqa: B023
+                refused(lambda: load_tensors(other, network.state_dict(), "FILE"), f"it is {kind}; it ")  # noqa: B023
     save_file({"lora_unet_x.lora_up.weight": torch.ones(1)}, tmp_path / NAME)
-    read = weights.read_tensors(tmp_path / NAME)
+    read = read_tensors(tmp_path / NAME)
     refused(
-        lambda: weights.load_tensors(networks["a U-Net"], read, tmp_path / NAME),
+        lambda: load_tensors(networks["a U-Net"], read, tmp_path / NAME),
         f"{tmp_path / NAME} does not fit UNet: it is a LoRA, not a whole U-Net; it lacks conv_in.bias, conv_in.weight",
         "unexpected lora_unet_x.lora_up.weight",
     )
@@ -405,10 +409,10 @@ def test_a_full_memory_is_no_broken_file(tmp_path, monkeypatch, name, error):
         raise error
 
     (tmp_path / name).write_bytes(b"anything")
-    monkeypatch.setattr(weights, "safe_open", full)
+    monkeypatch.setattr(tensors_file, "safe_open", full)
     monkeypatch.setattr(torch, "load", full)
     with pytest.raises(type(error)) as raised:
-        weights.read_tensors(tmp_path / name)
+        read_tensors(tmp_path / name)
     assert not isinstance(raised.value, CheckpointError)
 
 
@@ -417,14 +421,14 @@ def test_a_file_cut_short(tmp_path):
     whole = (tmp_path / NAME).read_bytes()
     for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / NAME).write_bytes(whole[:length])
-        for call in (lambda: load(tmp_path), lambda: weights.read_metadata(tmp_path / NAME)):
+        for call in (lambda: load(tmp_path), lambda: read_metadata(tmp_path / NAME)):
             refused(call, tmp_path / NAME, "not a whole safetensors file")
 
 
 def test_no_file(tmp_path):
     for path in (tmp_path / "none.safetensors", tmp_path):
-        refused(lambda path=path: weights.read_tensors(path), path, "missing")
-        refused(lambda path=path: weights.read_metadata(path), path, "missing")
+        refused(lambda path=path: read_tensors(path), path, "missing")
+        refused(lambda path=path: read_metadata(path), path, "missing")
 
 
 def test_types_torch_cannot_cast(tmp_path):
@@ -471,9 +475,9 @@ def test_fuzz(tmp_path, form):
         path.write_bytes(data)
         try:
             if form == "safetensors":
-                weights.read_metadata(path)
+                read_metadata(path)
                 load(tmp_path)
-            for tensor in weights.read_tensors(path).values():
+            for tensor in read_tensors(path).values():
                 tensor.numel() > 1000 or tensor.tolist()  # its numbers are there
             outcomes["whole"] += 1
         except CheckpointError as error:
@@ -484,24 +488,24 @@ def test_fuzz(tmp_path, form):
 
 def test_read_json(tmp_path):
     path = tmp_path / "config.json"
-    refused(lambda: weights.read_json(path), path, "missing")
+    refused(lambda: read_json(path), path, "missing")
     for text in (b"", b"{", b"\xff", b"[" * 100_000, b"{'a': 1}", b'{"a":' + b"1" * 5000 + b"}"):
         path.write_bytes(text)
-        refused(lambda: weights.read_json(path), path, "cannot be read as JSON")
+        refused(lambda: read_json(path), path, "cannot be read as JSON")
     for text, kind in (("[]", "list"), ("null", "NoneType"), ("3", "int")):
         path.write_text(text)
-        refused(lambda: weights.read_json(path), path, kind)
+        refused(lambda: read_json(path), path, kind)
     path.write_text('{"é": [1]}', encoding="utf-8")
-    assert weights.read_json(path) == {"é": [1]}
+    assert read_json(path) == {"é": [1]}
 
 
 def test_config_from():
-    assert weights.config_from(Config, {}) == Config()
+    assert config_from(Config, {}) == Config()
     values = {"width": 8, "layers": [3], "eps": 1, "heads": [1, 2], "act": None, "linear": True, "_class_name": "X"}
     before = dict(values)
-    assert weights.config_from(Config, values) == Config(8, (3,), 1, (1, 2), "silu", True)
+    assert config_from(Config, values) == Config(8, (3,), 1, (1, 2), "silu", True)
     assert values == before
-    assert isinstance(weights.config_from(Config, {"layers": [1]}).layers, tuple)
+    assert isinstance(config_from(Config, {"layers": [1]}).layers, tuple)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +518,7 @@ def test_config_from():
 )
 def test_config_of_another_type(name, value):
     refused(
-        lambda: weights.config_from(Config, {name: value}),
+        lambda: config_from(Config, {name: value}),
         "Config",
         name,
         repr(value),
@@ -523,7 +527,7 @@ def test_config_of_another_type(name, value):
 
 
 def test_config_that_cannot_be():
-    refused(lambda: weights.config_from(Config, {"heads": 0}), "Config")
+    refused(lambda: config_from(Config, {"heads": 0}), "Config")
 
 
 @pytest.mark.parametrize("network", [UNet, VAE, CLIPTextEncoder, CLIP, DINO, ALIGN, Scheduler])
@@ -538,9 +542,9 @@ def test_a_wrong_config_is_named(network, tmp_path):
 def test_refuse(tmp_path):
     fixed = {"act": "silu", "groups": None, "kinds": "A"}
     for values in ({}, {"act": "silu", "kinds": ["A", "A"], "other": 1}, {"act": None, "groups": None}):
-        weights.refuse(values, fixed, tmp_path)
+        refuse(values, fixed, tmp_path)
     for name, value in (("act", "gelu"), ("groups", 2), ("kinds", ["A", "B"]), ("kinds", "B")):
-        refused(lambda name=name, value=value: weights.refuse({name: value}, fixed, tmp_path), tmp_path, name, value)
+        refused(lambda name=name, value=value: refuse({name: value}, fixed, tmp_path), tmp_path, name, value)
 
 
 def test_save_and_read(tmp_path):
@@ -553,17 +557,17 @@ def test_save_and_read(tmp_path):
         "count": torch.tensor(3),
     }
     metadata = {"prompt": "a [V] dog, é\n", "step": "40"}
-    weights.save_tensors(tensors, path, metadata)
+    save_tensors(tensors, path, metadata)
     assert os.listdir(tmp_path) == [path.name]
-    assert weights.read_metadata(path) == metadata
-    read = weights.read_tensors(path)
+    assert read_metadata(path) == metadata
+    read = read_tensors(path)
     assert read.keys() == tensors.keys() == load_file(path).keys()
     assert all(
         torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype for name, tensor in read.items()
     )
     assert tensors["trained"].requires_grad and not tensors["turned"].is_contiguous()
-    weights.save_tensors({"x": square}, path)
-    assert weights.read_metadata(path) == {} and weights.read_tensors(path).keys() == {"x"}
+    save_tensors({"x": square}, path)
+    assert read_metadata(path) == {} and read_tensors(path).keys() == {"x"}
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # not the owner's only
 
@@ -572,13 +576,13 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     """A full disk, here a limit on a file's size; then whatever else may go wrong, at each of the two steps."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "best.safetensors"
-    weights.save_tensors({"x": torch.ones(3)}, path, {"step": "1"})
+    save_tensors({"x": torch.ones(3)}, path, {"step": "1"})
     old = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         with pytest.raises(Exception, match="large"):
-            weights.save_tensors({"x": torch.ones(10_000)}, path)
+            save_tensors({"x": torch.ones(10_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
@@ -586,10 +590,10 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    for step in (os, "replace"), (weights, "save_file"):
+    for step in (os, "replace"), (write, "save_file"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(*step, killed)
-            weights.save_tensors({"x": torch.zeros(3)}, path)
+            save_tensors({"x": torch.zeros(3)}, path)
         assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
 
 
@@ -603,17 +607,17 @@ def test_a_full_memory_is_no_file_that_cannot_be_written(tmp_path, error):
         raise error
 
     with pytest.raises(type(error)) as raised:
-        weights.write_whole(tmp_path / "a", half)
+        write_atomic(tmp_path / "a", half)
     assert raised.value is error and os.listdir(tmp_path) == []
 
 
 def test_one_size():
-    assert weights.one_size("size", {"shortest_edge": 40}, "shortest_edge") == 40
+    assert one_size("size", {"shortest_edge": 40}, "shortest_edge") == 40
     keys, square = ("height", "width"), {"height": 40, "width": 40}
-    assert weights.one_size("size", 40, *keys) == weights.one_size("size", square, *keys) == 40
+    assert one_size("size", 40, *keys) == one_size("size", square, *keys) == 40
     others = [{}, {"height": 40}, square | {"width": 41}, square | {"depth": 40}, {"height": "40", "width": "40"}]
     for size in [*others, {"shortest_edge": 40}]:
-        refused(lambda size=size: weights.one_size("crop_size", size, *keys), f"crop_size {size}", "height and width")
+        refused(lambda size=size: one_size("crop_size", size, *keys), f"crop_size {size}", "height and width")
 
 
 def as_bin(folder, zipped=True, name="pytorch_model.bin"):
@@ -685,13 +689,13 @@ def test_memory(tmp_path, form):
         torch.save(tensors, tmp_path / "pytorch_model.bin")
     del tensors
     before = used()
-    same = weights.load(Wide, Config(), tmp_path, torch.float16)
+    same = load(Wide, Config(), tmp_path, torch.float16)
     assert used() - before < 0.3 * size
     assert sum(float(parameter.float().sum()) for parameter in same.parameters()) == 2**24
     assert used() - before < 1.3 * size
     del same
     before = used()
-    cast = weights.load(Wide, Config(), tmp_path, torch.float32)
+    cast = load(Wide, Config(), tmp_path, torch.float32)
     assert used() - before < 1.3 * 2 * size  # the whole number in the file does not hold the mapping
     assert cast.count == 1
 
@@ -700,8 +704,8 @@ def test_memory(tmp_path, form):
 def test_a_bin_file_is_read_without_running_code(tmp_path):
     tensors = {"weight": torch.randn(2, 3), "bias": nn.Parameter(torch.randn(2)), "turned": torch.randn(3, 2).T}
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    assert weights.find_weights(tmp_path).name == "pytorch_model.bin"
-    read = weights.read_tensors(tmp_path / "pytorch_model.bin")
+    assert find_weights(tmp_path).name == "pytorch_model.bin"
+    read = read_tensors(tmp_path / "pytorch_model.bin")
     assert all(torch.equal(read[name], tensors[name]) and not read[name].requires_grad for name in tensors)
 
     class Trap:
@@ -722,10 +726,10 @@ def test_a_bin_file_is_read_without_running_code(tmp_path):
         torch.save({"weight": trap}, tmp_path / f"old{i}.bin", _use_new_zipfile_serialization=False)
         (tmp_path / f"plain{i}.bin").write_bytes(pickle.dumps(trap))
         for name, why in (("trap", "code is not run"), ("old", "code is not run"), ("plain", "not torch's own")):
-            refused(lambda path=tmp_path / f"{name}{i}.bin": weights.read_tensors(path), f"{name}{i}.bin", why)
+            refused(lambda path=tmp_path / f"{name}{i}.bin": read_tensors(path), f"{name}{i}.bin", why)
         index = {"weight_map": {"weight": f"trap{i}.bin"}}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-        refused(lambda: weights.read_tensors(tmp_path / "pytorch_model.bin.index.json"), f"trap{i}.bin", "not run")
+        refused(lambda: read_tensors(tmp_path / "pytorch_model.bin.index.json"), f"trap{i}.bin", "not run")
     assert not executed.exists()
     pickle.loads((tmp_path / "plain1.bin").read_bytes())
     assert executed.exists()  # the trap is one
@@ -738,7 +742,7 @@ def test_a_bin_file_of_something_else(tmp_path):
     (tmp_path / "shorter.bin").write_bytes(whole[:-1])
     (tmp_path / "empty.bin").touch()
     for name in ("short", "shorter", "empty", "absent"):
-        refused(lambda path=tmp_path / f"{name}.bin": weights.read_tensors(path), f"{name}.bin")
+        refused(lambda path=tmp_path / f"{name}.bin": read_tensors(path), f"{name}.bin")
     others = {
         "nothing else": [[1, 2], {"x": 1}, {1: torch.ones(1)}, {"state_dict": {"x": torch.ones(1)}}, torch.ones(1)],
         "no numbers: x": [{"x": torch.ones(2, 2).to_sparse()}, {"x": torch.ones(2, device="meta")}],
@@ -746,15 +750,15 @@ def test_a_bin_file_of_something_else(tmp_path):
     for message, values in others.items():
         for value in values:
             torch.save(value, tmp_path / "other.bin")
-            refused(lambda: weights.read_tensors(tmp_path / "other.bin"), tmp_path / "other.bin", message)
+            refused(lambda: read_tensors(tmp_path / "other.bin"), tmp_path / "other.bin", message)
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path):
     tensors = {"weight": torch.randn(3, 5), "bias": torch.randn(5).half(), "count": torch.tensor(7)}
     metadata = {"format": "pt", "noun": 'a "größere" dog\n/\x7f', **{f"key {i}": str(i) for i in range(20)}}
     for i in range(6):  # by chance alone the 22 keys would hardly come in the same order six times
-        weights.save_tensors(tensors, tmp_path / f"{i}.safetensors", dict(sorted(metadata.items(), reverse=i % 2)))
+        save_tensors(tensors, tmp_path / f"{i}.safetensors", dict(sorted(metadata.items(), reverse=i % 2)))
     assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(6)}) == 1
-    assert weights.read_metadata(tmp_path / "0.safetensors") == metadata
+    assert read_metadata(tmp_path / "0.safetensors") == metadata
     read = load_file(tmp_path / "0.safetensors")
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)

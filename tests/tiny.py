@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 
 from model import align, clip, unet, vae
-from model.weights import config_from
+from model.files.config import config_from
 from subject import TRAINING_PROMPTS
 from toy import networks
 

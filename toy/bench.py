@@ -36,15 +36,15 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import cli
-import engine
 import train
 from metrics import Metrics
+from model.files.tensors import read_tensors
+from model.files.write import save_tensors, write_atomic
 from model.stable_diffusion import PRECISIONS, StableDiffusion, recommended
-from model.weights import read_tensors, save_tensors, write_whole
 from reward import MEANS
 from rpo import preference_label
 from subject import Subject, load_photos, load_subject
+from support import flags, machine
 from toy import world
 from toy.networks import WEIGHTS
 
@@ -154,8 +154,8 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
         files = [*sorted(WEIGHTS.rglob("*.safetensors")), WEIGHTS / "rpo.json"]
         weights = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
-        device = cli.device(None)  # as train.py's
-        precision = engine.precision(None, device)
+        device = flags.device(None)  # as train.py's
+        precision = machine.precision(None, device)
         self.made_with = {"weights": weights.hexdigest()[:12], "steps": steps, "images": images, "precision": precision}
         self.sd = StableDiffusion.from_pretrained(WEIGHTS, device)  # draws the test prompts
         self.sd.precision = PRECISIONS[precision]
@@ -182,7 +182,7 @@ class Bench:
         for i, photo in enumerate(world.photos_of(kind, int(index))):
             path = folder / f"{i:02d}.png"
             if not path.exists():  # another process may be reading it
-                write_whole(path, lambda beside, photo=photo: photo.save(beside, "PNG"))
+                write_atomic(path, lambda beside, photo=photo: photo.save(beside, "PNG"))
         subject = load_subject(folder, kind, world.is_live(kind))
         photos = load_photos(subject, self.sd.image_size)
         folders = (WEIGHTS / "metrics" / "clip", WEIGHTS / "metrics" / "dino", WEIGHTS / "reward")
@@ -211,18 +211,20 @@ class Bench:
     def run(self, subject: Subject, seed: int, name: str, options: list[str]) -> None:
         """Train one variant and score what it keeps, and what other choices among its validations would have kept."""
         folder = self.out / f"run-{subject.folder.name}-{seed}-{os.getpid()}"  # another process may run the same
-        flags = ["--base", WEIGHTS, "--subject", subject.folder, "--noun", subject.noun]
-        flags += ["--ckpt", folder / "best.safetensors"]
-        flags += ["--live" if subject.live else "--no-live", "--seed", seed, "--steps", self.steps, *options]
+        argv = ["--base", WEIGHTS, "--subject", subject.folder, "--noun", subject.noun]
+        argv += ["--ckpt", folder / "best.safetensors"]
+        argv += ["--live" if subject.live else "--no-live", "--seed", seed, "--steps", self.steps, *options]
         if "--keep-last" in options:  # nothing is chosen: one validation, at the end, will do
-            flags += ["--validate-every", self.steps]
+            argv += ["--validate-every", self.steps]
         Watched.folder = folder / "validations"
         Watched.folder.mkdir(parents=True, exist_ok=True)
         label = expected_label if name in GROUPS["coin"] else preference_label
         try:
             start = time.time()
             with mock.patch.object(train, "Trainer", Watched), mock.patch.object(train, "preference_label", label):
-                if train.run(train.flags().parse_args(list(map(str, flags)))):  # it has told of Ctrl-C, and ended well
+                if train.run(
+                    train.arguments().parse_args(list(map(str, argv)))
+                ):  # it has told of Ctrl-C, and ended well
                     raise KeyboardInterrupt
             seconds = time.time() - start + Watched.last.spared
             self.note_choices(subject, seed, name, round(seconds, 1))
@@ -407,20 +409,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="two subjects, one seed, the methods, 120 steps")
     add("--only", nargs="+", choices=list(GROUPS), help="groups (default: all but lr)")
     add("--subjects", nargs="+", type=reserved, metavar="KIND-N", help=f"(default: {' '.join(SUBJECTS)})")
-    add("--seeds", type=cli.seed, nargs="+", default=[0, 1], help="(default: 0 1)")
-    add("--steps", type=cli.count, default=400, help="gradient steps (default: 400)")
-    add("--images", type=cli.count, default=4, help="pictures a test prompt (default: 4)")
-    add("--out", type=cli.path, default=Path("runs/bench"), help="(default: runs/bench)")
+    add("--seeds", type=flags.seed, nargs="+", default=[0, 1], help="(default: 0 1)")
+    add("--steps", type=flags.count, default=400, help="gradient steps (default: 400)")
+    add("--images", type=flags.count, default=4, help="pictures a test prompt (default: 4)")
+    add("--out", type=flags.path, default=Path("runs/bench"), help="(default: runs/bench)")
     args = parser.parse_args()
     if args.quick:  # other defaults, no more
         parser.set_defaults(only=["methods"], seeds=[0], steps=120, images=1)
         args = parser.parse_args()
-    return cli.guarded(
+    return flags.guarded(
         lambda: run(args), lambda: "end other programs", interrupted="interrupted: the same command goes on"
     )
 

@@ -26,7 +26,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 from model.align import ALIGN
 from model.clip import CLIP
 from model.dino import DINO
@@ -34,6 +33,7 @@ from model.stable_diffusion import StableDiffusion, recommended, to_pixels
 from model.tokenizer import CLIPTokenizer
 from model.vae import VAE
 from subject import DREAMBENCH_PROMPTS, TRAINING_PROMPTS
+from support import flags
 from toy import world
 from toy.networks import WEIGHTS
 
@@ -116,7 +116,7 @@ def check_clip(clip: CLIP, seed: int) -> Iterator[Row]:
 def check_base(base: StableDiffusion, clip: CLIP, seed: int, count: int, path: Path) -> Iterator[Row]:
     asked = random_prompts(count, random.Random(f"check base {seed}"))
     kinds, prompts = zip(*asked, strict=True)
-    settings, seeds = cli.DEFAULTS | recommended(WEIGHTS)[0], range(1000 * seed, 1000 * seed + count)
+    settings, seeds = flags.DEFAULTS | recommended(WEIGHTS)[0], range(1000 * seed, 1000 * seed + count)
     steps, guidance = settings["solver_steps"], settings["guidance"]
     with tqdm(total=count, desc="base", leave=False) as bar:
         images = base.generate(prompts, seeds, steps=steps, guidance=guidance, on_batch=bar.update)
@@ -186,18 +186,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     add = parser.add_argument
-    add("--prompts", type=cli.count, default=120, help="pictures the base draws (default: 120)")
-    add("--seed", type=cli.seed, default=0, help="of subjects, prompts and noise (default: 0)")
-    add("--sheet", type=cli.path, default=Path("check.png"), help="the base's pictures (default: check.png)")
+    add("--prompts", type=flags.count, default=120, help="pictures the base draws (default: 120)")
+    add("--seed", type=flags.seed, default=0, help="of subjects, prompts and noise (default: 0)")
+    add("--sheet", type=flags.path, default=Path("check.png"), help="the base's pictures (default: check.png)")
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     args = parser.parse_args()
     if Image.registered_extensions().get(args.sheet.suffix.lower()) not in Image.SAVE:
         parser.error(f"--sheet {args.sheet} should end as pictures do, such as .png")
     if not args.sheet.parent.is_dir():
         parser.error(f"the folder of --sheet {args.sheet} does not exist")
-    return cli.guarded(lambda: run(args), lambda: "end other programs", interrupted="interrupted")
+    return flags.guarded(lambda: run(args), lambda: "end other programs", interrupted="interrupted")
 
 
 if __name__ == "__main__":

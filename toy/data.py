@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from model.files.tensors import read_metadata
+from model.files.write import save_tensors
 from model.vae import VAE
-from model.weights import read_metadata, save_tensors
 from toy import world
 
 CACHE = Path(__file__).parent / "cache"

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from model.weights import save_tensors
+from model.files.write import save_tensors
 from toy import world
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "toy"

@@ -35,15 +35,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import cli
 from model.align import ALIGN, ALIGNConfig
 from model.clip import CLIP, CLIPConfig, CLIPTextEncoder
 from model.dino import DINO, DINOConfig
+from model.files.config import config_from, read_json
+from model.files.write import save_tensors
 from model.scheduler import Scheduler
 from model.tokenizer import BertTokenizer, CLIPTokenizer
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
-from model.weights import config_from, read_json, save_tensors
+from support import flags
 from toy.adversary import Adversary, sharpened
 from toy.contrastive import NAMES, contrast, equal_texts, other_kinds, tell_kinds
 from toy.data import CACHE, Data, encoded, make_data
@@ -348,16 +349,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     add = parser.add_argument
     add("part", choices=["data", *PARTS])
-    add("--steps", type=cli.count, help="gradient steps (data: drawings)")
-    add("--batch", type=cli.count, help="samples a step")
+    add("--steps", type=flags.count, help="gradient steps (data: drawings)")
+    add("--batch", type=flags.count, help="samples a step")
     add("--go-on", action="store_true", help="start from the weights in weights/toy, not from nothing")
-    add("--seed", type=cli.seed, default=0, help="of batches and noise; going on, give another (default: 0)")
+    add("--seed", type=flags.seed, default=0, help="of batches and noise; going on, give another (default: 0)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
-    return cli.guarded(lambda: run(args), lambda: "use a smaller --batch", interrupted="interrupted")
+    return flags.guarded(lambda: run(args), lambda: "use a smaller --batch", interrupted="interrupted")
 
 
 if __name__ == "__main__":

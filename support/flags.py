@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
-import parallel
+from model.files.errors import is_out_of_memory
+from model.files.write import write_atomic
 from model.stable_diffusion import recommended
 from model.tokenizer import CLIPTokenizer
-from model.weights import memory_is_full, write_whole
+from support import ranks
 
-EMBEDDED_BASE = Path(__file__).parent / "weights" / "toy"
+EMBEDDED_BASE = Path(__file__).parent.parent / "weights" / "toy"
 
 # The paper's settings (table 4) but for those in OURS. A base's rpo.json may recommend others; flags win.
 DEFAULTS = {"lr": 5e-6, "batch": 1, "guidance": 7.5, "images_per_prompt": 4, "class_images": 200, "solver_steps": 20}
@@ -42,12 +43,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         line = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
-        self.exit(2, line if parallel.speaks_first() else None)
+        self.exit(2, line if ranks.speaks_first() else None)
 
 
 def fail(message: object) -> int:
     """Print one line on stderr, of all ranks the first alone; the exit status for bad input."""
-    if parallel.speaks_first():
+    if ranks.speaks_first():
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
@@ -59,18 +60,18 @@ def guarded(work: Callable[[], int], remedy: Callable[[], str], interrupted: str
     """
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        if parallel.world() == 1 and number and signal.getsignal(number) == signal.SIG_DFL:  # torchrun ends its own
+        if ranks.world() == 1 and number and signal.getsignal(number) == signal.SIG_DFL:  # torchrun ends its own
             signal.signal(number, signal.default_int_handler)
     try:
         return work()
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if memory_is_full(error):
+        if is_out_of_memory(error):
             return fail(f"the memory is full: {remedy()}")
         if isinstance(error, RuntimeError):
             raise
         return fail(error)
     except KeyboardInterrupt:
-        if parallel.speaks_first():
+        if ranks.speaks_first():
             print(f"\n{interrupted}", file=sys.stderr)
         return 130
 
@@ -133,8 +134,8 @@ def device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if parallel.world() > 1:
-        name = parallel.device(name)
+    if ranks.world() > 1:
+        name = ranks.device(name)
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -237,7 +238,7 @@ def settle(args: argparse.Namespace) -> None:
 def warn_of_cuts(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> None:
     """A line on stderr for each prompt that is too long, with what is not read of it."""
     for prompt in dict.fromkeys(prompts):
-        if (rest := tokenizer.overflow(prompt)) and parallel.rank() == 0:
+        if (rest := tokenizer.overflow(prompt)) and ranks.rank() == 0:
             print(f"warning: a prompt fills its {tokenizer.length} tokens; not read: {rest!r}", file=sys.stderr)
 
 
@@ -245,7 +246,7 @@ def check_writable(path: Path, size: int = 0) -> None:
     """Raise ValueError, before any work, if a file of `size` bytes cannot be written at `path`. Leaves nothing."""
     try:
         folder = path.parent
-        # write_whole makes what is missing, but a link that leads nowhere, or a drive that is not there
+        # write_atomic makes what is missing, but a link that leads nowhere, or a drive that is not there
         while not os.path.lexists(folder) and folder != folder.parent:
             folder = folder.parent
         if path.is_dir():
@@ -261,6 +262,6 @@ def check_writable(path: Path, size: int = 0) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """As model.weights.write_whole."""
+    """As model.files.write.write_atomic."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_atomic(path, lambda beside: beside.write_text(text, encoding="utf-8"))

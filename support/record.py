@@ -25,13 +25,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import cli
-import parallel
-from model.single_file import CONFIG_KEY
+from model.files.errors import CheckpointError, is_out_of_memory
+from model.files.single_file import CONFIG_KEY
+from model.files.tensors import read_metadata
+from model.files.write import save_tensors, write_atomic
 from model.stable_diffusion import home_of
-from model.weights import CheckpointError, memory_is_full, read_metadata, save_tensors, write_whole
-from pictures import film_strip
 from subject import Subject, visible_files
+from support import flags, ranks
+from support.pictures import film_strip
 
 try:
     import fcntl
@@ -90,9 +91,9 @@ class Record:
     def write(self) -> None:
         """The history and the film strip. Raises ValueError if a file cannot be written."""
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        write_whole(self.ckpt.with_suffix(".jsonl"), lambda path: path.write_text(lines, encoding="utf-8"))
+        write_atomic(self.ckpt.with_suffix(".jsonl"), lambda path: path.write_text(lines, encoding="utf-8"))
         page = film_strip(self.prompts, self.photos, self.strip, self.best_step)
-        write_whole(self.ckpt.with_suffix(".png"), lambda path: page.save(path, "PNG"))
+        write_atomic(self.ckpt.with_suffix(".png"), lambda path: page.save(path, "PNG"))
 
     def summary(self) -> str:
         """Where the result is, and how good it is."""
@@ -116,7 +117,7 @@ class Record:
         strip = [(step, reward, torch.from_numpy(np.stack(images))) for step, reward, images in self.strip]
         best = (self.best_step, self.best_reward, self.stale)
         state = {"run": self.settings, "step": step, "best": best, "history": self.history, "strip": strip, **parts}
-        write_whole(self.ckpt.with_suffix(STATE), lambda path: torch.save(state, path))
+        write_atomic(self.ckpt.with_suffix(STATE), lambda path: torch.save(state, path))
         self.saved, self.last_state = step, time.time()
 
     def load_state(self, parts: dict) -> int:
@@ -141,7 +142,7 @@ class Record:
                 ]
                 self.history, self.saved = state["history"], state["step"]
         except Exception as error:  # torch raises many kinds for a broken file
-            if memory_is_full(error):
+            if is_out_of_memory(error):
                 raise
             raise CheckpointError(f"{path} is broken ({type(error).__name__}): drop --resume to start anew") from None
         if changed:
@@ -156,7 +157,7 @@ class Record:
 
 def metadata(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
     """For the checkpoint's header: what sample.py and evaluate.py need to know, and how it was made."""
-    values = {"format": "pt", "method": args.method, "version": VERSION, "base": cli.base_name(args.base)}
+    values = {"format": "pt", "method": args.method, "version": VERSION, "base": flags.base_name(args.base)}
     optional = ("variant", "resolution", "lora_rank")
     values |= {name: getattr(args, name) for name in optional if getattr(args, name)}
     values |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
@@ -204,7 +205,7 @@ def alone(ckpt: Path) -> Iterator[None]:
 
     The system frees the lock when a process ends, however that is; the file that carries it is removed.
     """
-    if fcntl is None or parallel.rank() > 0:
+    if fcntl is None or ranks.rank() > 0:
         yield
         return
     path = ckpt.with_name(f".{ckpt.stem}.lock")
@@ -239,7 +240,7 @@ def check_place(ckpt: Path, resume: bool, photos: Path) -> None:
     if ckpt.parent.resolve() == photos.resolve():
         raise ValueError(f"--ckpt {ckpt} lies among the photos in {photos}: give another folder")
     for path in results:
-        cli.check_writable(path)
+        flags.check_writable(path)
     there = [path for path in results if path.exists()]
     ours = _is_result(ckpt) if ckpt.exists() else state.exists() or _is_history(history)
     if there and not ours:

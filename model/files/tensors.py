@@ -5,29 +5,25 @@ shape is an error that names it: a network with a hole in it draws mush and tell
 
 Files are mapped, not copied: a network of the file's own precision takes the file's size in memory, and is not read
 from the disk before it is used. On POSIX systems it outlives the file's deletion and its replacement by renaming, as
-`write_whole` does it; what is written into its tensors never reaches the file.
+`write_atomic` does it; what is written into its tensors never reaches the file.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import re
-import types
-import typing
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Config = TypeVar("Config")
+from model.files.config import read_json
+from model.files.errors import CheckpointError, error_context, is_out_of_memory
+
 Network = TypeVar("Network", bound=nn.Module)
 Tensors = dict[str, Tensor]
 Rename = Callable[[Tensors], Tensors]
@@ -61,114 +57,13 @@ TELL_TALES = {
 }
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message is one line: which file, what is wrong, what was expected."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # a library's words, or a garbled name, may bring more
-
-
-def memory_is_full(error: BaseException) -> bool:
-    """Is it that? On a GPU torch has a kind of error for it, on the CPU only words."""
-    words = ("allocate memory", "out of memory", "alloc_failed", "unable to find an engine to execute")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error).lower() for text in words)
-
-
-@contextmanager
-def blaming(what: str):
-    """Whatever the libraries raise over a broken file or a bad number becomes a CheckpointError that blames `what`."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (ArithmeticError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        if memory_is_full(error):
-            raise
-        raise CheckpointError(f"{what}: {error}") from error
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises CheckpointError if it is absent, unreadable or not an object."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: is {Path(path).parent} a complete checkpoint folder?") from None
-    except (OSError, RecursionError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def config_from(cls: type[Config], values: dict, source: Path | None = None) -> Config:
-    """A configuration dataclass from a config.json's object: unknown keys are passed over, null means the default.
-    An object in it becomes the configuration that its field is.
-
-    Raises CheckpointError, naming the file `source`, for a value of another type than its field's.
-    """
-    if source:
-        try:
-            return config_from(cls, values)
-        except CheckpointError as error:
-            raise CheckpointError(f"{source}: {error}") from error
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    known = {name: value for name, value in values.items() if name in fields and value is not None}
-    for name, value in known.items():
-        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
-            known[name] = config_from(hints[name], value)
-        elif not _fits(value, hints[name]):
-            raise CheckpointError(f"{cls.__name__}: {name} is {value!r} and should be {fields[name].type}")
-    with blaming(f"{cls.__name__} has values that do not go together"):
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
-
-
-def _fits(value: object, hint: object) -> bool:
-    """Is a JSON value of a dataclass field's type? Whole numbers are floats too; true and false are no numbers."""
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, (list, tuple)) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
-    if isinstance(value, bool) and hint is not bool:
-        return False
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def one_size(name: str, value: int | dict, *keys: str) -> int:
-    """A size in preprocessor_config.json: a number, alone or under just these keys. Else raises CheckpointError."""
-    if isinstance(value, int):
-        return value
-    size = value.get(keys[0])
-    if not isinstance(size, int) or value != dict.fromkeys(keys, size):
-        raise CheckpointError(f"{name} {value} should be one number, or hold it as {' and '.join(keys)}")
-    return size
-
-
-def check_heads(width: int, heads: int) -> None:
-    """Raise CheckpointError if attention of this width does not divide into so many heads."""
-    if heads < 1 or width % heads:
-        raise CheckpointError(f"hidden_size {width} does not divide into {heads} heads")
-
-
-def refuse(values: dict, fixed: dict, path: Path) -> None:
-    """Raise CheckpointError if a config.json sets what our network has `fixed` to another value.
-
-    Keys that are absent or null are fine; of a list, every entry must be the fixed value.
-    """
-    for name, only in fixed.items():
-        value = values.get(name)
-        each = value if isinstance(value, list) else [value]
-        if any(entry is not None and entry != only for entry in each):
-            raise CheckpointError(f"{path}: {name} = {value!r} is not supported, only {only!r}")
-
-
 def find_weights(folder: Path, variant: str | None = None) -> Path:
     """The weight file of a network's folder, or the index of its shards; safetensors before .bin.
 
     With no `variant` the plain file, or, if there is none of that kind, the only variant. Raises CheckpointError if
     there is none, if there are several and none was asked for, or if the one asked for is not there: it says what is.
     """
-    with blaming(f"{folder} is no checkpoint folder"):
+    with error_context(f"{folder} is no checkpoint folder"):
         names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
     found: dict[str, dict[str | None, Path]] = {"safetensors": {}, "bin": {}}  # by kind and variant
     for index in (False, True):
@@ -209,7 +104,7 @@ def _read_shards(index: Path) -> Tensors:
         if Path(name).name != name or "\\" in name or not name.endswith((".safetensors", ".bin")):
             raise CheckpointError(f"{index} names {name!r}, which is no weight file in its own folder")
         shard = index.with_name(name)
-        with blaming(f"{index} names {name!r}"):  # such as a name too long to be one
+        with error_context(f"{index} names {name!r}"):  # such as a name too long to be one
             if not shard.is_file():
                 raise CheckpointError(f"{index} names {name}, which is missing")
         read = read_tensors(shard)
@@ -228,7 +123,7 @@ def _read_bin(path: Path) -> Tensors:
             zipped = file.read(4) == b"PK\x03\x04"  # torch's format since 2020; the older one cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a garbled pickle fails in any way; an honest one in words that advise to run its code
-        if memory_is_full(error):
+        if is_out_of_memory(error):
             raise
         code = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it asks for {code[1]}, and code is not run" if code else "its pickle is broken, or not torch's own"
@@ -252,14 +147,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 @contextmanager
 def _opened(path: Path):
     _require_file(Path(path))
-    with blaming(f"{path} is not a whole safetensors file"), safe_open(path, framework="pt") as file:
+    with error_context(f"{path} is not a whole safetensors file"), safe_open(path, framework="pt") as file:
         yield file
 
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, or is no file")
-    with blaming(f"{path} cannot be read"), open(path, "rb") as file:
+    with error_context(f"{path} cannot be read"), open(path, "rb") as file:
         if file.read(23) == b"version https://git-lfs":
             raise CheckpointError(f"{path} is not a whole weight file but Git LFS's note of one: run `git lfs pull`")
 
@@ -296,7 +191,7 @@ def load_tensors(
         if kind and kind != what_is(expected):
             problems.insert(0, f"is {kind}")
         raise CheckpointError(f"{source} does not fit {type(network).__name__}: it {'; it '.join(problems)}")
-    with blaming(f"{source} does not fit {type(network).__name__}"):  # such as a type that cannot be cast
+    with error_context(f"{source} does not fit {type(network).__name__}"):  # such as a type that cannot be cast
         # Whole numbers are few: copied, they do not keep a file in memory whose every other tensor has been cast.
         cast = {name: each.to(dtype) if each.is_floating_point() else each.clone() for name, each in tensors.items()}
         network.load_state_dict(cast, strict=True, assign=True)
@@ -340,55 +235,14 @@ def build(
     Raises CheckpointError as `load_tensors` does, or if no network has that config.
     """
     # On the meta device: no second copy in memory.
-    with blaming(f"the configuration of {source} describes no possible network"), torch.device("meta"), _Unfilled():
+    with (
+        error_context(f"the configuration of {source} describes no possible network"),
+        torch.device("meta"),
+        _Unfilled(),
+    ):
         network = network_class(config)
     load_tensors(network, tensors, source, dtype, rename)
     return network.eval().requires_grad_(False)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a name beside `path`, then rename: a kill leaves the old file or the new one, whole.
-
-    Makes the folder if need be. Raises ValueError if the file cannot be written; a full memory's error stays as it is.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        os.replace(beside, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        if memory_is_full(error):
-            raise
-        raise ValueError(f"{path} cannot be written ({error})") from None
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file as `write_whole` does. The same tensors and metadata give the same bytes."""
-
-    def write(beside: Path) -> None:
-        beside.touch()
-        mode = beside.stat().st_mode  # as any new file's; safetensors would shut out everybody but the owner
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
-        beside.chmod(mode)
-        _sort_metadata(beside)
-
-    write_whole(Path(path), write)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the header's metadata in order, which safetensors leaves to chance: the same tensors give the same bytes."""
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) != length:
-            raise RuntimeError(f"{path}: the header's length changed in sorting")
-        file.seek(8)
-        file.write(text)
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.weights import WHOLE, CheckpointError, read_metadata, read_tensors, save_tensors, what_is
+from model.files.errors import CheckpointError
+from model.files.tensors import WHOLE, read_metadata, read_tensors, what_is
+from model.files.write import save_tensors
 
 Parts = dict[str, tuple[dict, dict[str, Tensor]] | dict]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-import cli
-from model.weights import write_whole
+from model.files.write import write_atomic
 from subject import PHOTO_ENDINGS, visible_files
+from support import flags
 
 GAP, INK, PAPER, KEPT = 4, (40, 40, 40), (255, 255, 255), (24, 140, 60)
 
@@ -46,7 +46,7 @@ def check_page(folder: Path) -> None:
     A folder without grid.png is refused if there are photos: the next training would take our pictures for more.
     """
     path = folder / "grid.png"
-    cli.check_writable(path)
+    flags.check_writable(path)
     if path.is_file():
         if not _is_ours(path):
             raise ValueError(f"{path} is a picture of yours, and would be replaced: give another --out")
@@ -69,7 +69,7 @@ def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed:
     """
     info = PngInfo()
     info.add_text("parameters", f"{prompt}\n{settings}, Seed: {seed}")
-    write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
+    write_atomic(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
 
 
 def file_names(prompts: list[str]) -> dict[str, str]:
