@@ -289,7 +289,7 @@ def test_the_recipe_learns_photos_and_keeps_the_class(base, dog, tmp_path, monke
     ],
 )
 def test_the_command_prints_and_writes_its_tables(module, flags, expected, base, dog, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common.cli, "EMBEDDED_BASE", base)
+    monkeypatch.setattr(common.flags, "EMBEDDED_BASE", base)
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
     monkeypatch.setattr(common, "alone", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(common, "write_sd15", lambda folder: folder)
