@@ -35,8 +35,10 @@ from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, ho
 from reward import lambda_harmonic
 from subject import DREAMBENCH_NOUNS, Subject, load_subject, open_photo
 from support import flags, machine, ranks
+from support.header import base_name, base_of, digest, files_of_base, steps_and_guidance
 from support.pictures import check_page, drawn_with, grid, picture_names, save_png
-from support.record import digest, files_of_base, warn_if_unfinished
+from support.results import check_writable, warn_if_unfinished, write_json
+from support.settings import checked, count, fraction, positive, seed_number
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
 TITLES |= {"lambda_harmonic": "λ-Harmonic"}
@@ -70,7 +72,7 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
     """All that can be known before a network is loaded. Raises ValueError or OSError for what cannot be used."""
     header = read_metadata(ckpt) if ckpt else {}
     warn_if_unfinished(ckpt)
-    base, variant, prediction_type = flags.base_of(args, ckpt, header)
+    base, variant, prediction_type = base_of(args, ckpt, header)
     check_layout(base)
     home = home_of(base)
     folders = {"clip": args.clip or home / "metrics" / "clip", "dino": args.dino or home / "metrics" / "dino"}
@@ -81,18 +83,18 @@ def plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, 
     subject = subject_of(args, folder, ckpt, header)
     settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
 
-    steps, guidance = flags.steps_and_guidance(args, ckpt, header, base)
-    size = flags.number(header, "resolution", 1, f"{ckpt}") if "resolution" in header else None  # the base's own
+    steps, guidance = steps_and_guidance(args, ckpt, header, base)
+    size = checked(count, header, "resolution", ckpt) if "resolution" in header else None  # the base's own
     settings |= {"guidance": guidance, "steps": steps, "size": size}
-    lambda_val = flags.number(header, "lambda_val", 0.3, f"{ckpt}", flags.fraction)
+    lambda_val = checked(fraction, {"lambda_val": 0.3} | header, "lambda_val", ckpt)
     settings["lambda_val"] = lambda_val if args.lambda_val is None else args.lambda_val
 
     out, result = out or Path(f"{stem}.eval"), Path(f"{stem}.eval.json")
     if out.resolve() == folder.resolve():
         raise ValueError(f"--out {out} is the folder of the photos: give another one")
     check_page(out)
-    flags.check_writable(result)
-    settings |= {"ckpt": ckpt.name if ckpt else None, "base": flags.base_name(base)}
+    check_writable(result)
+    settings |= {"ckpt": ckpt.name if ckpt else None, "base": base_name(base)}
     settings |= {"variant": variant, "prediction_type": prediction_type, "precision": args.precision}
     files = {"ckpt": [ckpt] if ckpt else [], "base": files_of_base(base), "photos": subject.photos}
     files |= {name: [path] for name, path in folders.items()}
@@ -149,7 +151,7 @@ class Evaluator:
         seeds = np.random.SeedSequence([settings["seed"], 2]).generate_state(len(prompts)).tolist()
         options = {"steps": settings["steps"], "sampler": "dpm++", "guidance": settings["guidance"]}
         looks = {"unit": "image", "leave": False, "delay": 0.1, "disable": ranks.rank() > 0}
-        flags.warn_of_cuts(self.sd.tokenizer, prompts)
+        flags.warn_of_truncation(self.sd.tokenizer, prompts)
         with tqdm(total=len(prompts), desc=job.subject.folder.name, **looks) as bar:
             how = {"size": settings["size"], "batch_size": self.batch, "on_batch": bar.update}
             images = self.sd.generate(prompts, seeds, **options, **how)
@@ -170,7 +172,7 @@ class Evaluator:
         result["networks"] = {name: f"{shown(job.folders[name])}, {kind}" for name, kind in kinds}
         result["means"] = {name: over_prompts(values, n) for name, values in scores.items()}
         result["images"] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        flags.write_json(job.result, result)
+        write_json(job.result, result)
         return result
 
 
@@ -228,7 +230,7 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
     print(f"{len(names)} of DreamBench's {len(DREAMBENCH_NOUNS)} subjects are in {args.dreambench}")
     template, failed, jobs, rows = args.ckpt or f"{base_alone(args)}/{{subject}}", {}, {}, {}
     summary = Path(template.replace("{subject}", "dreambench")).with_suffix(".eval.json")
-    flags.check_writable(summary)
+    check_writable(summary)
 
     @contextmanager
     def reported(name: str) -> Iterator[None]:
@@ -238,7 +240,7 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
             failed[name] = f"the memory is full: {FULL}" if is_out_of_memory(error) else " ".join(str(error).split())
             print(f"{name}: error: {failed[name]}", file=sys.stderr)
 
-    mine = names[ranks.rank() :: ranks.world()]
+    mine = names[ranks.rank() :: ranks.world_size()]
     for name in mine:  # what is wrong with the last should be known before the first is drawn
         with reported(name):
             path, out = Path(template.replace("{subject}", name)), args.out and args.out / name
@@ -256,9 +258,9 @@ def run_many(args: argparse.Namespace, device: torch.device) -> int:
         print("\n| subject | DINO | CLIP-I | CLIP-T |\n|---|---|---|---|")
         for name, row in [*rows.items(), (f"mean of {len(rows)}", mean)]:
             print(f"| {name} | {row['dino']:.3f} | {row['clip_i']:.3f} | {row['clip_t']:.3f} |")
-        flags.write_json(summary, {"mean": mean, "subjects": rows, "failed": failed})
+        write_json(summary, {"mean": mean, "subjects": rows, "failed": failed})
         print(f"\nthe same and the other metrics are in {summary}")
-    ranks.wait()  # the first process that ends with 1 makes torchrun end the others
+    ranks.barrier()  # the first process that ends with 1 makes torchrun end the others
     return 1 if failed else 0
 
 
@@ -274,12 +276,12 @@ def main() -> int:
     flags.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     for name in ("clip", "dino", "align"):
         add(f"--{name}", type=flags.path, metavar="FOLDER", help="the folder of this network (default: the base's)")
-    add("--lambda-val", type=flags.fraction, help="λ of the λ-Harmonic reward (default: the checkpoint's, or 0.3)")
-    add("--n", type=flags.count, default=4, help="images a prompt (default: %(default)s, as published)")
-    add("--seed", type=flags.seed, default=0, help="fixes every image (default: %(default)s)")
-    add("--steps", type=flags.count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
-    add("--guidance", type=flags.positive, help="classifier-free guidance (default: as in training, or the base's)")
-    add("--batch", type=flags.count, help="images at a time; changes no image (default: what fits, 8 on a CPU)")
+    add("--lambda-val", type=fraction, help="λ of the λ-Harmonic reward (default: the checkpoint's, or 0.3)")
+    add("--n", type=count, default=4, help="images a prompt (default: %(default)s, as published)")
+    add("--seed", type=seed_number, default=0, help="fixes every image (default: %(default)s)")
+    add("--steps", type=count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
+    add("--guidance", type=positive, help="classifier-free guidance (default: as in training, or the base's)")
+    add("--batch", type=count, help="images at a time; changes no image (default: what fits, 8 on a CPU)")
     add("--out", type=flags.path, help="the folder for the pictures (default: the checkpoint's name and .eval)")
     flags.add_machine_flags(parser)
     args = parser.parse_args()
@@ -289,7 +291,7 @@ def main() -> int:
         parser.error("--ckpt is empty: leave it out for the base alone")
     if args.dreambench and (args.noun or args.live is not None):
         parser.error("--noun and --live are for --subject: --dreambench knows its subjects")
-    if args.subject and ranks.world() > 1:
+    if args.subject and ranks.world_size() > 1:
         parser.error("--subject is work for one process: leave torchrun out, or share many out with --dreambench")
     kept = "; the same command goes on with the subjects that are not done" if args.dreambench else ""
 
@@ -302,4 +304,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.together(main))
+    sys.exit(ranks.distributed(main))

@@ -23,8 +23,11 @@ from model.files.tensors import read_metadata
 from model.scheduler import SAMPLERS
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
 from support import flags, machine
+from support.export import export_single_file
+from support.header import base_of, steps_and_guidance
 from support.pictures import check_page, drawn_with, grid, picture_names, save_png
-from support.record import warn_if_unfinished
+from support.results import check_writable, warn_if_unfinished
+from support.settings import checked, count, positive, seed_number
 
 DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
 
@@ -32,30 +35,32 @@ DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} o
 def run(args: argparse.Namespace) -> int:
     header = read_metadata(args.ckpt) if args.ckpt else {}
     warn_if_unfinished(args.ckpt)
-    base, variant, prediction_type = flags.base_of(args, args.ckpt, header)
+    base, variant, prediction_type = base_of(args, args.ckpt, header)
     check_layout(base)
     if whole := args.export_single:
-        flags.check_writable(whole)
+        check_writable(whole)
         there = whole.resolve()  # "new/../old" is there before "new" is
         if there.exists() and not (is_export(there) and not there.samefile(base)):
             raise ValueError(f"--export-single {whole} would replace no earlier export: give another name")
     else:
         check_page(args.out)
-        steps, guidance = flags.steps_and_guidance(args, args.ckpt, header, base)
+        steps, guidance = steps_and_guidance(args, args.ckpt, header, base)
     device = torch.device("cpu") if whole else flags.device(args.device)  # to export is no arithmetic
     sd = StableDiffusion.from_pretrained(base, device, variant, prediction_type)
     sd.precision = PRECISIONS[machine.precision(args.precision, sd.device)]
     if args.ckpt:
         sd.load_unet(args.ckpt)
     if whole:
-        sd.export(whole, {name: value for name, value in header.items() if not name.startswith("ss_")})  # ss_: a LoRA's
+        export_single_file(
+            sd, whole, {name: value for name, value in header.items() if not name.startswith("ss_")}
+        )  # ss_: a LoRA's
         print(f"{whole}: U-Net, VAE and text encoder in one file, in half precision")
         return 0
     machine.round_frozen(sd.unet, sd.precision)
     subject = f"a {header.get('token', '[V]')} {header['noun']}" if "noun" in header else "a dog"
     prompts = list(dict.fromkeys(args.prompt or [text.format(subject=subject) for text in DEFAULT_PROMPTS]))
-    flags.warn_of_cuts(sd.tokenizer, prompts)
-    size = args.size or flags.number(header, "resolution", sd.image_size, f"{args.ckpt}")
+    flags.warn_of_truncation(sd.tokenizer, prompts)
+    size = args.size or checked(count, {"resolution": sd.image_size} | header, "resolution", args.ckpt)
 
     texts = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in prompts for i in range(args.n)]
@@ -93,13 +98,13 @@ def main() -> int:
     add = parser.add_argument
     add("--ckpt", type=flags.path, help="a checkpoint of train.py (default: none, the base itself)")
     add("--prompt", type=flags.text, action="append", help="what to draw; may be given again (default: four prompts)")
-    add("--n", type=flags.count, default=4, help="pictures a prompt, with seeds --seed, --seed + 1, ... (default: 4)")
-    add("--seed", type=flags.seed, default=0, help="the first picture's seed (default: 0)")
-    add("--steps", type=flags.count, help="sampler steps (default: 20, or what the base recommends)")
-    add("--guidance", type=flags.positive, help="classifier-free guidance (default: as in training, or the base's)")
+    add("--n", type=count, default=4, help="pictures a prompt, with seeds --seed, --seed + 1, ... (default: 4)")
+    add("--seed", type=seed_number, default=0, help="the first picture's seed (default: 0)")
+    add("--steps", type=count, help="sampler steps (default: 20, or what the base recommends)")
+    add("--guidance", type=positive, help="classifier-free guidance (default: as in training, or the base's)")
     add("--scheduler", choices=SAMPLERS, default="dpm++", help="the sampler (default: dpm++)")
-    add("--size", type=flags.count, help="the side in pixels (default: as in training, or the base's)")
-    add("--batch", type=flags.count, help="pictures at a time; changes no picture (default: what fits, 8 on a CPU)")
+    add("--size", type=count, help="the side in pixels (default: as in training, or the base's)")
+    add("--batch", type=count, help="pictures at a time; changes no picture (default: what fits, 8 on a CPU)")
     flags.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     add(
         "--export-single",

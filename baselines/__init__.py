@@ -1,1 +1,12 @@
-"""What RPO is compared with, in the same loop: one method a file, torch only."""
+"""What RPO is compared with: `python -m baselines dreambooth --subject data/dog`, one method a file.
+
+A baseline is a subclass of train.RPO in baselines/NAME.py, named there as METHOD:
+
+- `Settings`: a frozen dataclass, its flags and defaults (support/settings.py); `result`: the default of --ckpt
+- `prepare()`: what θ₀ draws and what is encoded before the loop; `batch(step)`: the random draws of a step
+- `loss(batch)`: a NamedTuple of tensors with `total`, which is minimised, and `similarity`; all go to the history
+- `trained(unet)`: which parameters learn, if not all
+
+The loop, validation, files, --resume, LoRA and several processes are train.py's. Something else that learns, such as a
+critic, is added to `self.record.learning`, so that --resume restores it.
+"""

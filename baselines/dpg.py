@@ -28,17 +28,26 @@ How this differs from the paper's setting, for it is compared in our loop, with 
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from baselines.dreambooth import DreamBooth, DreamBoothSettings
+from model.dino import DINO
+from model.stable_diffusion import home_of
+from reward import Reward, unit_features
+from rpo import denoising_loss
+from support import ranks
 from support.machine import own_averages
+from support.settings import fraction, ours
+from support.start import Run
+from train import Batch
 
-GAMMA = 0.9986
 REWARDS = ("look-forward", "dino")
 
 
@@ -101,97 +110,80 @@ def policy_loss(critic: nn.Module, residual: Tensor, weight: Tensor) -> Tensor:
     return -(weight * functional_call(critic, frozen, (residual,))).mean()
 
 
-class DPG:
-    """The method as the training loop sees it. Owns the critic and the critic's AdamW.
+@dataclass(frozen=True)
+class DPGSettings(DreamBoothSettings):
+    dpg_reward: str = ours("look-forward", REWARDS, "what the critic learns")
+    gamma: float = ours(0.9986, fraction, "γ: γ^t weighs the critic")
 
-    channels: of the latents. reward: "look-forward" or "dino". gamma: γ in (0, 1]; 1 weighs all t alike.
-    prior_weight: w >= 0. seed: of the critic's first weights. device: where the latents live.
-    lr: the critic's, 1e-3. Ours: after 200 steps of 2 synthetic residuals Q explains more than 97 % of the variance of
-    the look-forward reward, and its gradient points the right way; with 3e-3 and more the gradient is worse.
-    Raises ValueError for a value outside these.
-    """
 
-    drawn, counted_by = "class images", "class_images"  # what the base draws first, and the flag that says how many
+class DPG(DreamBooth):
+    """RPO's loop with DreamBooth's class images, a critic, and the gradient that the critic gives θ."""
 
-    def __init__(
-        self,
-        channels: int = 4,
-        reward: str = "look-forward",
-        gamma: float = GAMMA,
-        prior_weight: float = 1.0,
-        lr: float = 1e-3,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ):
-        if reward not in REWARDS:
-            raise ValueError(f"reward {reward!r} is unknown; choose one of {', '.join(REWARDS)}")
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], not {gamma}")
-        if not (prior_weight >= 0 and math.isfinite(prior_weight)):
-            raise ValueError(f"the prior's weight must be a number of at least 0, not {prior_weight}")
-        self.reward, self.gamma, self.prior_weight = reward, gamma, prior_weight
-        # What `loss` is given beside the two denoising losses, by name.
-        self.needs = ("x_0_hat", "x_0", "t", "dino") if reward == "dino" else ("x_0_hat", "x_0", "t")
-        self.critic = Critic(channels, seed=seed).to(device)
-        self.optimizer = torch.optim.AdamW(self.critic.parameters(), lr=lr, weight_decay=0.01)
+    Settings = DPGSettings
+    result = "dpg.safetensors"
+    critic_lr = 1e-3  # ours: after 200 steps Q explains more than 97 % of the variance of the look-forward reward
 
-    def drawn_prompts(self, subject, count: int) -> list[str]:
-        """What the base model draws before training, a prompt an image: `count` class images."""
-        return [subject.class_prompt] * count
+    def __init__(self, run: Run, reward: Reward):
+        """Raises CheckpointError if the DINO reward is wanted and the base's folder has no metrics/dino."""
+        super().__init__(run, reward)
+        self.critic = Critic(run.sd.unet.config.in_channels, seed=run.settings.seed).to(run.sd.device)
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.critic_lr, weight_decay=0.01)
+        self.record.learning["method"] = self  # state_dict and load_state_dict below
+        self.dino = None
+        if self.settings.dpg_reward == "dino":
+            self.dino = DINO.from_pretrained(home_of(run.base) / "metrics" / "dino").to(run.sd.device)
+            self.machine.offloadable = []  # every step decodes pictures
 
-    def loss(
-        self, loss_ref: Tensor, loss_drawn: Tensor, x_0_hat: Tensor, x_0: Tensor, t: Tensor, dino: Tensor | None = None
-    ) -> DPGLoss:
-        """One step of the critic, then the policy's loss under the critic that has just learnt.
+    def prepare(self) -> None:
+        """Once: θ₀ draws the class images; DINO's features of the photos."""
+        super().prepare()
+        self.dino_photos = self.dino and self.dino_features(self.photos)
 
-        Call it outside autocast, and `backward` before the next call, which changes φ.
-        loss_ref, loss_drawn: (n,) ℓ of photos (instance prompt) and of class images (class prompt).
-        x_0_hat: (n, c, h, w) the photos' x̂_0, predicted from x_t in one step by θ. x_0: their latents, no gradient.
-        t: (n,) the photos' whole timesteps, 0 the cleanest. dino: (n,) cosine similarities in [-1, 1] of the decoded
-        x̂_0 and the photo, with the DINO reward only; no gradient is taken of it.
-        Raises ValueError if the shapes do not go together, a t is negative, or dino is missing or not wanted.
-        """
-        self._check(loss_ref, loss_drawn, x_0_hat, x_0, t, dino)
-        residual = (x_0_hat - x_0.detach()).square()
-        reward = look_forward_reward(x_0_hat, x_0) if dino is None else dino.detach() - 1
-        critic = self.learn(residual.detach(), reward)
+    def loss(self, batch: Batch) -> DPGLoss:
+        """One step of the critic, then the policy's loss under the critic that has just learned."""
+        n = len(batch.t)
+        x_t, t, context, target = self.noised(batch)
+        prediction = self.theta(x_t, t, context)
+        ref, prior = denoising_loss(prediction, target).chunk(2)
+        x_0_hat = self.sd.scheduler.to_x0_eps(prediction.float(), x_t, t)[0][:n]
 
-        policy = policy_loss(self.critic, residual, self.gamma ** t.to(residual.dtype))
-        similarity, prior = loss_ref.mean(), loss_drawn.mean()
-        total = policy if dino is None else policy + similarity
-        if self.prior_weight:  # weight 0 skips the term: 0 x ∞ would be NaN
-            total = total + self.prior_weight * prior
-        return DPGLoss(total, similarity, policy, prior, reward.mean(), critic)
+        residual = (x_0_hat - batch.x_ref).square()
+        reward = self.dino_reward(x_0_hat, batch.photo) if self.dino else look_forward_reward(x_0_hat, batch.x_ref)
+        critic_loss = self.learn(residual.detach(), reward)
+        policy = policy_loss(self.critic, residual, self.settings.gamma ** t[:n].to(residual.dtype))
+
+        similarity, prior = ref.mean(), prior.mean()
+        total = policy + similarity if self.dino else policy
+        total = total + self.settings.prior_weight * prior
+        return DPGLoss(total, similarity, policy, prior, reward.mean(), critic_loss)
+
+    def dino_features(self, pictures: list[Image.Image]) -> Tensor:
+        """(n, width), of length 1."""
+        return unit_features(self.dino, self.dino.preprocess, pictures, self.sd.device)
+
+    def dino_reward(self, x_0_hat: Tensor, photo: Tensor) -> Tensor:
+        """cos(DINO(decoded x̂_0), DINO(photo)) - 1, (n,), without gradient."""
+        features = self.dino_features(self.sd.decode_latents(x_0_hat.detach()))
+        return (features * self.dino_photos[photo]).sum(1) - 1
 
     def learn(self, residual: Tensor, reward: Tensor) -> Tensor:
         """One AdamW step of φ on mean (Q_φ(residual) - reward)²; returns that loss as it was before, detached."""
         loss = F.mse_loss(self.critic(residual), reward.to(self.critic.head.weight.dtype))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
+        ranks.average_gradients(self.critic.parameters(), self.machine.weight)
+        self.critic_optimizer.step()
         return loss.detach()
 
     def state_dict(self) -> dict:
-        """The critic and its optimizer: what a resumed run needs to go on exactly. Holds references, as torch's do."""
-        return {"critic": self.critic.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """The critic and its optimizer, for --resume."""
+        return {"critic": self.critic.state_dict(), "optimizer": self.critic_optimizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """The counterpart of `state_dict`. torch raises if the state is of another critic."""
+        """The inverse of `state_dict`."""
         self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        own_averages(self.optimizer)
+        self.critic_optimizer.load_state_dict(state["optimizer"])
+        own_averages(self.critic_optimizer)
 
-    def _check(self, loss_ref, loss_drawn, x_0_hat, x_0, t, dino) -> None:
-        if x_0_hat.shape != x_0.shape or x_0_hat.ndim != 4 or len(x_0_hat) == 0:
-            shapes = f"{tuple(x_0_hat.shape)} and {tuple(x_0.shape)}"
-            raise ValueError(
-                f"DPG.loss: x_0_hat and x_0 must both be (batch, c, h, w), with batch > 0; they are {shapes}"
-            )
-        if (dino is not None) != (self.reward == "dino"):
-            raise ValueError(f"DPG.loss: dino is {'missing' if dino is None else 'given'}, the reward is {self.reward}")
-        vectors = {"loss_ref": loss_ref, "loss_drawn": loss_drawn, "t": t} | ({} if dino is None else {"dino": dino})
-        for name, vector in vectors.items():
-            if vector.shape != x_0_hat.shape[:1]:
-                raise ValueError(f"DPG.loss: {name} must be ({len(x_0_hat)},), not {tuple(vector.shape)}")
-        if t.device.type == "cpu" and not bool((t >= 0).all()):  # to look at a GPU's is to wait for it
-            raise ValueError("DPG.loss: every t must be at least 0")
+
+METHOD = DPG

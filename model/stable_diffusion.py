@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,9 @@ from torch import Tensor
 from model.clip import CLIPTextConfig, CLIPTextEncoder
 from model.files.config import config_from, read_json
 from model.files.errors import CheckpointError
-from model.files.single_file import check_channels, read_single_file, refuse_pickle, write_single_file
+from model.files.single_file import check_channels, read_single_file, refuse_pickle
 from model.files.tensors import build, load_tensors, read_tensors
-from model.lora import is_lora, load_lora, merge, remove_lora
+from model.lora import is_lora, load_lora, remove_lora
 from model.scheduler import Scheduler, SchedulerConfig, randn
 from model.tokenizer import CLIPTokenizer
 from model.unet import UNet, UNetConfig
@@ -31,6 +31,7 @@ from model.vae import VAE, VAEConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAST_CHANNELS_LAST = ("cpu", "cuda")  # the CPU was measured; of GPUs it is what NVIDIA says of half precision
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, t, context) -> prediction
 BYTES_A_PIXEL = 600  # of a picture that Stable Diffusion's U-Net is drawing in half precision, with guidance: counted
 
 
@@ -82,42 +83,16 @@ class StableDiffusion:
         """
         base = Path(base)
         check_layout(base)
-        home = home_of(base)
-        tokenizer = CLIPTokenizer.from_pretrained(home / "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(home_of(base) / "tokenizer")
         if base.is_file():
-            parts = read_single_file(base, prediction_type)
-            unet, vae, text_encoder = (
-                build(network, config_from(config, parts[name][0], base), parts[name][1], base)
-                for name, network, config in (
-                    ("unet", UNet, UNetConfig),
-                    ("vae", VAE, VAEConfig),
-                    ("text_encoder", CLIPTextEncoder, CLIPTextConfig),
-                )
-            )
-            scheduler = Scheduler(config_from(SchedulerConfig, parts["scheduler"], base))
-            if text_encoder.config.hidden_size == 1024 and tokenizer.pad_id != 0:
-                raise CheckpointError(
-                    f"{base} is a Stable Diffusion 2.x, but {home / 'tokenizer'} is another model's: "
-                    "take the folder tokenizer of a 2.x release, which pads with '!'"
-                )
-        else:
-            unet = UNet.from_pretrained(base / "unet", variant=variant)
-            vae = VAE.from_pretrained(base / "vae", variant=variant)
-            text_encoder = CLIPTextEncoder.from_pretrained(base / "text_encoder", variant=variant)
-            scheduler = Scheduler.from_pretrained(base / "scheduler")
-            if prediction_type:
-                scheduler = Scheduler(replace(scheduler.config, prediction_type=prediction_type))
+            return cls(*_from_single_file(base, tokenizer, prediction_type), device)
+        scheduler = Scheduler.from_pretrained(base / "scheduler")
+        if prediction_type:
+            scheduler = Scheduler(replace(scheduler.config, prediction_type=prediction_type))
+        unet = UNet.from_pretrained(base / "unet", variant=variant)
+        vae = VAE.from_pretrained(base / "vae", variant=variant)
+        text_encoder = CLIPTextEncoder.from_pretrained(base / "text_encoder", variant=variant)
         return cls(unet, vae, text_encoder, tokenizer, scheduler, device)
-
-    def export(self, path: Path, metadata: dict[str, str]) -> None:
-        """Write all networks into one file in the layout that ComfyUI and others read, in half precision.
-
-        A LoRA is merged into the U-Net first. Raises ValueError if the file cannot be written.
-        """
-        merge(self.unet)
-        networks = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
-        parts = {name: (asdict(network.config), network.state_dict()) for name, network in networks.items()}
-        write_single_file(path, parts | {"scheduler": asdict(self.scheduler.config)}, metadata)
 
     def load_unet(self, path: Path) -> None:
         """Put a checkpoint of train.py in the U-Net's place, or, if it is a LoRA, beside the base's own weights.
@@ -162,7 +137,7 @@ class StableDiffusion:
         """
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
             contexts = self.text_encoder(self.tokenizer(new).to(self.device))
-            self._contexts.update(zip(new, finite(contexts, "the output of the text encoder"), strict=True))
+            self._contexts.update(zip(new, check_finite(contexts, "the output of the text encoder"), strict=True))
         return torch.stack([self._contexts[prompt] for prompt in prompts])
 
     def _vae_batch(self, pixels: int) -> int:
@@ -182,7 +157,7 @@ class StableDiffusion:
             mean, logvar = self.vae.encode(to_pixels(images[start : start + batch_size]).to(self.device))
             means.append(scale * mean)
             stds.append(scale * torch.exp(0.5 * logvar))
-        mean, std = (finite(torch.cat(parts), "the output of the VAE's encoder") for parts in (means, stds))
+        mean, std = (check_finite(torch.cat(parts), "the output of the VAE's encoder") for parts in (means, stds))
         return mean, std
 
     @torch.no_grad()
@@ -196,21 +171,14 @@ class StableDiffusion:
         with nullcontext() if self.precision == torch.float16 else self.autocast():
             pixels = torch.cat([self.vae.decode(part / self.vae.config.scaling_factor).float() for part in parts])
         if latents.isfinite().all():  # else whoever made them is to blame
-            finite(pixels, "the output of the VAE's decoder")
+            check_finite(pixels, "the output of the VAE's decoder")
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
-    def predict(self, latents: Tensor, t: Tensor, context: Tensor, empty: Tensor, guidance: float) -> Tensor:
-        """The U-Net's prediction with classifier-free guidance (arXiv 2207.12598): e_u + guidance * (e_c - e_u).
-
-        latents (B, 4, h, w); t () or (B,); context (B, 77, width); empty: the empty prompt's, shaped as context.
-        At guidance 1 the unconditional half is not computed.
-        """
-        if guidance == 1:
+    def denoise(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """The U-Net's prediction, shaped as the latents (B, 4, h, w), in `precision`; t () or (B,)."""
+        with self.autocast():
             return self.unet(latents, t, context)
-        both = self.unet(torch.cat([latents, latents]), t.repeat(2) if t.ndim else t, torch.cat([empty, context]))
-        unconditional, conditional = both.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
 
     @torch.no_grad()
     def generate(
@@ -223,44 +191,77 @@ class StableDiffusion:
         size: int | None = None,
         batch_size: int | None = None,
         latents: Tensor | None = None,
+        unet: Denoiser | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> list[Image.Image]:
         """Draw one picture for each prompt and its seed, `size` x `size` pixels (default: `image_size`).
 
-        Every picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, whatever the batch
-        size (default: `drawing_batch`) and the device. `latents` (B, 4, h, w): the initial noise instead. `on_batch` is
-        called with the number of pictures just finished.
+        Every picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, for any batch size
+        (default: `drawing_batch`) and device. latents (B, 4, h, w): the initial noise instead. unet: called like
+        `denoise` (the default). on_batch: called with the number of pictures just finished.
         Raises ValueError for an unknown sampler, a bad size or numbers that do not match, and FloatingPointError if
         weights are not finite.
         """
-        size = self.image_size if size is None else size
-        if size < 1 or size % self.vae.downscale:
-            raise ValueError(f"the picture's side must be a multiple of {self.vae.downscale}, not {size}")
+        shape = self._latent_shape(self.image_size if size is None else size)
         if len(prompts) != len(seeds):
             raise ValueError(f"each prompt needs its own seed: {len(prompts)} prompts, {len(seeds)} seeds")
-        shape = (self.unet.config.in_channels, size // self.vae.downscale, size // self.vae.downscale)
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(f"latents should be {(len(prompts), *shape)}, not {tuple(latents.shape)}")
-        pictures, batch_size = [], batch_size or self.drawing_batch(size)
         encoded = self.encode_prompts([*prompts, ""])
-        contexts, empty = encoded[:-1], encoded[-1]
+        pictures, batch_size = [], batch_size or self.drawing_batch(size)
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
             noise = randn(shape, generators, self.device) if latents is None else latents[part].to(self.device)
-            context = contexts[part]
-            nothing = empty.expand_as(context)
-
-            def denoise(x: Tensor, t: Tensor, context=context, nothing=nothing) -> Tensor:
-                with self.autocast():
-                    return self.predict(x, t, context, nothing, guidance).float()
-
+            denoise = guided(unet or self.denoise, encoded[:-1][part], encoded[-1], guidance)
             x_0 = self.scheduler.sample(denoise, noise, steps, sampler, generators)
-            finite(x_0, "the U-Net's prediction", ", or --lr was too high; or try --precision fp32")
+            check_finite(x_0, "the U-Net's prediction", ", or --lr was too high; or try --precision fp32")
             pictures += self.decode_latents(x_0)
             if on_batch:
                 on_batch(len(generators))
         return pictures
+
+    def _latent_shape(self, size: int) -> tuple[int, int, int]:
+        """The latents' shape of a picture of `size` x `size` pixels. Raises ValueError if there is none."""
+        downscale = self.vae.downscale
+        if size < 1 or size % downscale:
+            raise ValueError(f"the picture's side must be a multiple of {downscale}, not {size}")
+        return self.vae.config.latent_channels, size // downscale, size // downscale
+
+
+def guided(unet: Denoiser, context: Tensor, empty: Tensor, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x_t, t) -> the prediction with classifier-free guidance (arXiv 2207.12598), e_u + guidance * (e_c - e_u), fp32.
+
+    context (B, 77, width); empty (77, width), of the empty prompt. At guidance 1 e_u is not computed.
+    """
+
+    def denoise(latents: Tensor, t: Tensor) -> Tensor:
+        if guidance == 1:
+            return unet(latents, t, context).float()
+        both = torch.cat([empty.expand_as(context), context])
+        unconditional, conditional = unet(torch.cat([latents, latents]), t, both).chunk(2)
+        return (unconditional + guidance * (conditional - unconditional)).float()
+
+    return denoise
+
+
+def _from_single_file(base: Path, tokenizer: CLIPTokenizer, prediction_type: str | None) -> tuple:
+    """unet, vae, text_encoder, tokenizer and scheduler of a single file."""
+    parts = read_single_file(base, prediction_type)
+    networks = []
+    for name, network, config in (
+        ("unet", UNet, UNetConfig),
+        ("vae", VAE, VAEConfig),
+        ("text_encoder", CLIPTextEncoder, CLIPTextConfig),
+    ):
+        values, tensors = parts[name]
+        networks.append(build(network, config_from(config, values, base), tensors, base))
+    if networks[-1].config.hidden_size == 1024 and tokenizer.pad_id != 0:
+        raise CheckpointError(
+            f"{base} is a Stable Diffusion 2.x, but {home_of(base) / 'tokenizer'} is another model's: "
+            "take the folder tokenizer of a 2.x release, which pads with '!'"
+        )
+    return *networks, tokenizer, Scheduler(config_from(SchedulerConfig, parts["scheduler"], base))
 
 
 def home_of(base: Path) -> Path:
@@ -302,8 +303,8 @@ def check_layout(base: Path) -> None:
         )
 
 
-def finite(x: Tensor, what: str, more: str = "") -> Tensor:
-    """x itself. Raises FloatingPointError, saying `what` it is, if a number in it is none: it would draw one colour."""
+def check_finite(x: Tensor, what: str, more: str = "") -> Tensor:
+    """Return x. Raises FloatingPointError, saying `what` it is, if a number is not finite: pictures would be black."""
     if not x.isfinite().all():
         raise FloatingPointError(f"{what} is not finite: its weights are damaged{more}")
     return x

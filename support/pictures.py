@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from model.files.write import write_atomic
 from subject import PHOTO_ENDINGS, visible_files
-from support import flags
+from support.results import check_writable
 
 GAP, INK, PAPER, KEPT = 4, (40, 40, 40), (255, 255, 255), (24, 140, 60)
 
@@ -46,7 +46,7 @@ def check_page(folder: Path) -> None:
     A folder without grid.png is refused if there are photos: the next training would take our pictures for more.
     """
     path = folder / "grid.png"
-    flags.check_writable(path)
+    check_writable(path)
     if path.is_file():
         if not _is_ours(path):
             raise ValueError(f"{path} is a picture of yours, and would be replaced: give another --out")

@@ -1,0 +1,125 @@
+"""The start of a training run: its flags, its files checked and locked, its networks loaded. Prints what it finds."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from model.align import ALIGN
+from model.files.errors import CheckpointError
+from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout, home_of, recommended
+from model.tokenizer import BertTokenizer
+from subject import Subject, load_photos, load_subject
+from support import flags, memory
+from support.header import base_name, header_of, identity_of
+from support.machine import Machine, Optimizer, precision
+from support.record import Record
+from support.results import check_result, check_room, lock
+from support.settings import add_settings, count, resolve
+
+
+class Run(NamedTuple):
+    """What a method is given."""
+
+    subject: Subject
+    photos: list[Image.Image]
+    base: Path  # the base model's folder or file
+    sd: StableDiffusion
+    align: ALIGN
+    bert: BertTokenizer  # ALIGN's tokenizer
+    machine: Machine  # θ and θ₀
+    optimizer: Optimizer
+    record: Record
+    settings: Any  # the method's
+
+
+def parse(method: type, description: str) -> argparse.Namespace:
+    """The command line of a method, a class like train.RPO: flags of the run, and a flag for each of its settings."""
+    parser = flags.Parser(description=description)
+    add = parser.add_argument
+    add("--subject", type=flags.path, required=True, help="a folder with 4 to 6 photos of the subject")
+    add("--noun", type=flags.text, help="what it is, such as dog (default: from the folder's name)")
+    living = "prompts for a living subject, or for a thing (default: whether the noun is an animal or a person)"
+    add("--live", action=argparse.BooleanOptionalAction, help=living)
+    add("--token", type=flags.text, default="[V]", help="the unique token (default: %(default)s)")
+    flags.add_base_flags(parser, flags.EMBEDDED_BASE, "the embedded one")
+    add("--align", type=flags.path, help="the folder of the reward's ALIGN (default: reward/ in the base's folder)")
+    ckpt = Path(method.result)
+    add("--ckpt", type=flags.path, default=ckpt, help="the result (default: %(default)s)")
+    add("--lora-rank", type=count, help="train adapters of this rank, some MB (default: the whole U-Net)")
+    add("--resume", action="store_true", help="continue an interrupted run")
+    flags.add_machine_flags(parser)
+    add("--checkpoint-gradients", action="store_true", help="less memory, a third slower: compute activations twice")
+    add_settings(parser, method.Settings)
+    args = parser.parse_args()
+    if args.ckpt.suffix != ".safetensors":
+        parser.error(f"--ckpt {args.ckpt} should end in .safetensors")
+    if args.patience and args.keep_last:
+        parser.error("--patience waits for a better reward, and --keep-last ignores it: leave one out")
+    return args
+
+
+def guarded(args: argparse.Namespace, work: Callable[[], None]) -> int:
+    """Do the work of a run; return the exit status."""
+    return flags.guarded(work, lambda: memory.remedy(args), "interrupted before the start")
+
+
+@contextmanager
+def prepared(args: argparse.Namespace, method: type) -> Iterator[Run]:
+    """Everything a run of the method needs. Raises ValueError, in one line, for input that cannot be used."""
+    device = flags.device(args.device)
+    args.precision = precision(args.precision, device)
+    subject = load_subject(args.subject, args.noun, args.live, args.token)
+    check_layout(args.base)
+    args.align = args.align or home_of(args.base) / "reward"
+    if not args.align.is_dir():
+        raise CheckpointError(f"{args.align} is missing, which should hold ALIGN: name its folder with --align")
+    check_result(args.ckpt, args.resume, subject.folder)
+    with lock(args.ckpt):
+        prompts = "prompts of living subjects" if subject.live else "prompts of things"
+        prompts += " (a person or an animal? --live)" if args.live is None and not subject.live else ""
+        print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
+        args.settings = settings = resolve(method.Settings, args, *recommended(args.base))
+        short = memory.print_estimate(args, device)
+        sd, align, bert = _load(args, device, subject)
+        machine = Machine(
+            sd,
+            method.trained,
+            batch=settings.batch,
+            lora_rank=args.lora_rank,
+            checkpoint_gradients=args.checkpoint_gradients,
+            seed=settings.seed,
+            offloadable=[sd.vae, sd.text_encoder, align] if short else [],
+        )
+        optimizer = Optimizer(machine, settings.lr, settings.weight_decay, settings.clip_norm)
+        photos, name = load_photos(subject, sd.image_size), method.__name__.lower()
+        header = header_of(name, args, settings, subject, sd)
+        identity = identity_of(name, args, settings, subject)
+        record = Record(args.ckpt, header, identity, subject.training_prompts, photos, machine, optimizer, settings)
+        yield Run(subject, photos, args.base, sd, align, bert, machine, optimizer, record, settings)
+
+
+def _load(args: argparse.Namespace, device, subject: Subject) -> tuple[StableDiffusion, ALIGN, BertTokenizer]:
+    """The base and ALIGN. Raises ValueError for settings that do not fit this base."""
+    settings = args.settings
+    sd = StableDiffusion.from_pretrained(args.base, device, args.variant, args.prediction_type)
+    sd.precision, sd.image_size = PRECISIONS[args.precision], settings.resolution or sd.image_size
+    align = ALIGN.from_pretrained(args.align).to(device)
+    parameters = sum(p.numel() for p in sd.unet.parameters())
+    why = ", since torch sees no GPU" if args.device is None and device.type == "cpu" and parameters > 1e8 else ""
+    size = f"{parameters / 1e6:.1f} M parameters, {sd.image_size} px"
+    print(f"base {base_name(args.base)} on {device}{why}: {size}")
+    print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
+    flags.warn_of_truncation(sd.tokenizer, [subject.instance_prompt, *subject.training_prompts])
+    if sd.image_size % sd.vae.downscale:
+        raise ValueError(f"--resolution must be a multiple of {sd.vae.downscale}, not {settings.resolution}")
+    if settings.solver_steps > (most := len(sd.scheduler.alphas_cumprod)):
+        raise ValueError(f"--solver-steps must be between 1 and {most}, not {settings.solver_steps}")
+    if not args.lora_rank:
+        check_room(args.ckpt, parameters)
+    return sd, align, BertTokenizer.from_pretrained(args.align)
