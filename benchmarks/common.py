@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import platform
 import resource
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -172,17 +171,6 @@ class Pair:
         """Of diffusers' networks; ours stay as they are."""
         self.theirs.unet.to(memory_format=layout)
         self.theirs.vae.to(memory_format=layout)
-
-
-def write_sd15(folder: Path) -> Path:
-    """A base of SD 1.5's size with random weights in half precision; tokenizer and reward are weights/toy's."""
-    from benchmarks.full_size import PARTS, write
-
-    for part in PARTS:
-        write("1.5", part, folder / part)
-    for part in ("tokenizer", "scheduler", "reward"):
-        shutil.copytree(flags.EMBEDDED_BASE / part, folder / part)
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------------------ timing

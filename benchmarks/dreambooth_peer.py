@@ -7,7 +7,7 @@
 The recipe, written anew on diffusers: class images drawn once by the base; then batches of as many photos as class
 images, each picture and prompt encoded in the step that uses it, each with its own ε and t; mean squared error plus 1.0
 times the same on the class images; AdamW, weight decay 0.01, constant learning rate, gradients clipped to norm 1; the
-last weights are the result. Ours is `train.py --method dreambooth --keep-last`, with no validation but the first and
+last weights are the result. Ours is `python -m baselines dreambooth --keep-last`, with no validation but the first and
 the last. Both: the same base, photos, prompts, number of class images, solver, steps, batch and learning rate.
 
 Both results are drawn by us, DreamBench's 25 test prompts from the same noise, and scored by metrics.py.
@@ -27,12 +27,14 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+from baselines.dreambooth import DreamBooth
 from benchmarks import common, phases
 from metrics import Metrics
 from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
 from subject import Subject, load_photos, load_subject
 from support import flags
+from support.settings import count, seed_number
 
 NAMES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
 
@@ -167,10 +169,10 @@ def compare(
         for seed in tqdm(seeds, "seeds"):
             files = {"base": Path(folder) / "base.safetensors"}
             files |= {side: Path(folder) / f"{side}{seed}.safetensors" for side in ("ours", "diffusers")}
-            argv = ["--method", "dreambooth", "--keep-last", "--steps", steps, "--validate-every", steps]
+            argv = ["--keep-last", "--steps", steps, "--validate-every", steps]
             argv = [*map(str, argv), "--seed", str(seed), *more]
             run_of_ours = common.alone(
-                phases.whole, base, str(device), argv, torch.get_num_threads(), subject, files["ours"]
+                phases.whole, base, str(device), argv, torch.get_num_threads(), subject, files["ours"], DreamBooth
             )
             settings = run_of_ours["settings"]
             seconds["ours"].append(our_seconds(run_of_ours))
@@ -197,12 +199,12 @@ def measured(args: argparse.Namespace) -> common.Report:
 def main() -> int:
     parser = flags.Parser(description=__doc__)
     add = parser.add_argument
-    add("--seeds", type=flags.seed, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--steps", type=flags.count, default=400, help="gradient steps (default: %(default)s)")
-    add("--images", type=flags.count, default=2, help="pictures a test prompt (default: %(default)s)")
+    add("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--steps", type=count, default=400, help="gradient steps (default: %(default)s)")
+    add("--images", type=count, default=2, help="pictures a test prompt (default: %(default)s)")
     add("--quick", action="store_true", help="4 steps, 4 class images and 2 solver steps, to see that it works")
     add("--device", help="cpu or cuda (default: the best there is)")
-    add("--threads", type=flags.count, help="of a CPU (default: as many as torch takes)")
+    add("--threads", type=count, help="of a CPU (default: as many as torch takes)")
     add("--write", action="store_true", help=f"put the tables into {common.RESULTS.name}, in this machine's section")
     args = parser.parse_args()
     return common.finish(measured, args)

@@ -20,6 +20,7 @@ faint for random weights of this size: the tests have quiet ones for it.)
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import alone, peak, resident
+from support.flags import EMBEDDED_BASE
 
 MOST_PEAK = 1.3  # times the file, for a load in the file's precision
 MOST_DIFFERENCE = 1e-3  # of outputs of order 1, in fp32
@@ -168,6 +170,15 @@ def compare(model: str, part: str, folder: Path, side: int) -> bool:
     )
     ordinary = our_out.shape == their_out.shape and 0.1 < their_out.abs().max() < 100
     return ordinary and ratio < MOST_PEAK and difference <= MOST_DIFFERENCE
+
+
+def write_sd15(folder: Path) -> Path:
+    """A base of SD 1.5's size with random weights in half precision; tokenizer and reward are weights/toy's."""
+    for part in PARTS:
+        write("1.5", part, folder / part)
+    for part in ("tokenizer", "scheduler", "reward"):
+        shutil.copytree(EMBEDDED_BASE / part, folder / part)
+    return folder
 
 
 def main() -> int:

@@ -4,7 +4,7 @@
     python -m benchmarks.memory --modes lora full       # some of them; on a CPU in fp32
     python -m benchmarks.memory --write                 # and put the table into benchmarks/RESULTS.md
 
-A mode is measured in a process of its own: train.py's Trainer with random weights of the public sizes, ALIGN's too, and
+A mode is measured in a process of its own: train.py's run with random weights of the public sizes, ALIGN's too, and
 one pair takes one step, with AdamW's averages in place, as every step but the first finds them. On a GPU the peak of
 loading counts too, and one picture is drawn as well (a validation draws as many at a time as fit). A mode that is
 estimated to need more memory than is free is left out. The targets are for 512 px in bf16, train.py's precision on a
@@ -14,6 +14,8 @@ GPU; a GB is 10^9 bytes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
 import tempfile
 from concurrent.futures.process import BrokenProcessPool
@@ -21,16 +23,19 @@ from pathlib import Path
 
 import torch
 
-import train
 from benchmarks import common
-from benchmarks.phases import DOG
-from benchmarks.run import trainer_of
+from benchmarks.full_size import write_sd15
+from benchmarks.phases import DOG, step
+from benchmarks.run import run_of
 from model.align import ALIGN, ALIGNConfig
 from model.files.config import read_json
 from model.files.errors import is_out_of_memory
-from model.stable_diffusion import PRECISIONS, StableDiffusion
-from support import flags, machine, memory
+from model.stable_diffusion import PRECISIONS, StableDiffusion, recommended
+from support import flags, machine, memory, start
+from support.results import write_json
+from support.settings import count, resolve
 from toy.networks import write_part
+from train import RPO
 
 MODES = {  # train.py's flags, and the most GB that it should take
     "lora-checkpointed": (["--lora-rank", "16", "--checkpoint-gradients"], 6),
@@ -47,10 +52,10 @@ COUNTED = {
 
 
 def write_base(folder: Path, side: int) -> Path:
-    """`common.write_sd15` for pictures of `side` pixels, with ALIGN of its public size."""
-    base = common.write_sd15(folder)
+    """`write_sd15` for pictures of `side` pixels, with ALIGN of its public size."""
+    base = write_sd15(folder)
     config = read_json(base / "unet" / "config.json")
-    flags.write_json(base / "unet" / "config.json", config | {"sample_size": side // 8})
+    write_json(base / "unet" / "config.json", config | {"sample_size": side // 8})
     write_part(base / "reward", {}, ALIGN(ALIGNConfig()).state_dict(), "model.safetensors")  # the rest of it stays
     return base
 
@@ -65,42 +70,42 @@ def measure(argv: list[str], base: Path, device: torch.device, precision: str, t
     sd = StableDiffusion.from_pretrained(base, device)
     sd.precision = PRECISIONS[precision]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(sd, base, Path(folder), argv)
-        for parameter in trainer.learned.parameters():  # a step without a gradient makes AdamW's averages
+        run = run_of(sd, base, Path(folder), argv)
+        for parameter in run.machine.parameters:  # a step without a gradient makes AdamW's averages
             parameter.grad = torch.zeros_like(parameter)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
+        run.optimizer.adamw.step()
+        run.optimizer.adamw.zero_grad(set_to_none=True)
         loading = common.peak_memory(device)[1] if device.type == "cuda" else 0
         common.forget_peak(device)
-        trainer.step(1)
-        step, drawing = max(loading, common.peak_memory(device)[1]), 0
-        trained = sum(p.numel() for p in trainer.learned.parameters())
+        step(run)
+        peak, drawing = max(loading, common.peak_memory(device)[1]), 0
+        trained = sum(parameter.numel() for parameter in run.machine.parameters)
         if device.type == "cuda":
             common.forget_peak(device)
-            trainer.sd.generate(["a dog"], [0], 2, trainer.args.guidance, batch_size=1)
+            run.sd.generate(["a dog"], [0], 2, run.settings.guidance, batch_size=1)
             drawing = common.peak_memory(device)[1]
-    return trained, step - before, drawing
+    return trained, peak - before, drawing
 
 
 def row(mode: str, base: Path, device: torch.device, precision: str) -> str:
     """A line of the table under HEAD; of a mode for which the memory does not suffice it says so."""
     special, most = MODES[mode]
     argv = [*special, "--precision", precision, "--batch", "1", "--images-per-prompt", "1"]
-    args = train.arguments().parse_args(
-        [*argv, "--subject", str(DOG), "--base", str(base), "--align", f"{base}/reward"]
-    )
+    args = start.parse(RPO, "", [*argv, "--subject", str(DOG), "--base", str(base), "--align", f"{base}/reward"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        args.settings = resolve(RPO.Settings, args, *recommended(base))
     need, room = sum(memory.estimate_of(args).values()), common.free_memory(device)
-    start, target = f"{mode}: `{' '.join(special)}`" if special else mode, f"at most {most}" if most else ""
+    title, target = f"{mode}: `{' '.join(special)}`" if special else mode, f"at most {most}" if most else ""
     if need > room:
-        return f"| {start} | | {need / 1e9:.1f} | left out: {room / 1e9:.1f} GB are free | {target} |"
+        return f"| {title} | | {need / 1e9:.1f} | left out: {room / 1e9:.1f} GB are free | {target} |"
     try:
         trained, step, drawing = common.alone(measure, argv, base, device, precision, torch.get_num_threads())
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
             raise
-        return f"| {start} | | {need / 1e9:.1f} | the memory did not suffice | {target} |"
+        return f"| {title} | | {need / 1e9:.1f} | the memory did not suffice | {target} |"
     also = f" (drawing a picture: {drawing / 1e9:.1f})" if drawing else ""
-    return f"| {start} | {trained / 1e6:.1f} M | {need / 1e9:.1f} | {step / 1e9:.1f}{also} | {target} |"
+    return f"| {title} | {trained / 1e6:.1f} M | {need / 1e9:.1f} | {step / 1e9:.1f}{also} | {target} |"
 
 
 def measured(args: argparse.Namespace) -> common.Report:
@@ -122,7 +127,7 @@ def main() -> int:
     parser = flags.Parser(description=__doc__)
     flags.add_machine_flags(parser)
     add = parser.add_argument
-    add("--side", type=flags.count, default=512, help="of the pictures, in pixels (default: %(default)s)")
+    add("--side", type=count, default=512, help="of the pictures, in pixels (default: %(default)s)")
     add("--modes", choices=list(MODES), default=list(MODES), nargs="+", help="(default: all)")
     add("--folder", type=Path, help="for the temporary weights, 3 GB (default: the system's place)")
     add("--write", action="store_true", help=f"put the table into {common.RESULTS.name}, in this machine's section")

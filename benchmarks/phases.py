@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import tempfile
 import time
@@ -11,10 +12,15 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 import train
 from benchmarks import common
-from support import flags, memory
+from support import start
+from support.machine import Optimizer
+from support.randomness import VALIDATION
+from support.record import Record
+from train import RPO
 
 DOG = Path(__file__).parent.parent / "data" / "dog"
 PHASES = ("load", "negatives", "training", "validation", "saving", "rest")
@@ -57,72 +63,78 @@ class Phases:
 
 
 def whole(
-    base: Path, device_name: str, argv: list[str], threads: int, subject: Path = DOG, ckpt: Path | None = None
+    base: Path,
+    device_name: str,
+    argv: list[str],
+    threads: int,
+    subject: Path = DOG,
+    ckpt: Path | None = None,
+    method: type[RPO] = RPO,
 ) -> dict:
-    """Run train.py in this process and say how long each phase took, its FLOP, and the peak of memory.
+    """Run train.py, or a baseline's `method`, in this process: seconds of each phase, its FLOP, the peak of memory.
 
-    ckpt: where the result should stay.
-    Call it in a process of its own: the peak is the process's. Raises RuntimeError if train.py fails.
+    ckpt: where the result should stay. Call it in a process of its own: the peak is the process's.
     """
     torch.set_num_threads(threads)
-    device, trainers = torch.device(device_name), []
+    device, runs = torch.device(device_name), []
 
-    class Watched(train.Trainer):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            trainers.append(self)
+    class Watched(method):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            runs.append(self)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # the tables stay alone
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # stdout is for the tables
         arguments = ["--subject", subject, "--base", base, "--ckpt", ckpt or Path(folder) / "run.safetensors"]
-        args = train.arguments().parse_args([*map(str, arguments), "--device", device_name, *argv])
+        args = start.parse(method, "", [*map(str, arguments), "--device", device_name, *argv])
         phases = Phases(device)
         for owner, methods, name in (
-            (train.StableDiffusion, ["from_pretrained"], "load"),
-            (train.ALIGN, ["from_pretrained"], "load"),
-            (train.Trainer, ["prepare"], "negatives"),
-            (train.Trainer, ["step"], "training"),
-            (train.Trainer, ["validate"], "validation"),
-            (train.Record, ["keep", "write", "save_state"], "saving"),
+            (start.StableDiffusion, ["from_pretrained"], "load"),
+            (start.ALIGN, ["from_pretrained"], "load"),
+            (Watched, ["prepare"], "negatives"),
+            (Watched, ["batch", "loss"], "training"),
+            (Optimizer, ["minimize", "numbers"], "training"),
+            (Watched, ["validate"], "validation"),
+            (Record, ["_write"], "saving"),
         ):
-            for method in methods:
-                stack.enter_context(phases.wrap(owner, method, name))
-        stack.enter_context(mock.patch.object(train, "Trainer", Watched))
-        status = train.run(args)
+            for each in methods:
+                stack.enter_context(phases.wrap(owner, each, name))
+        train.fine_tune(args, Watched)
         phases.charge()
-        if status:
-            raise RuntimeError(f"train.py ended with {status}")
         what, peak = common.peak_memory(device)
-        trainer, images = trainers[0], len(trainers[0].subject.training_prompts) * args.images_per_prompt
-        counts = {"negatives": len(trainer.drawn_context), "training": phases.calls["training"]}
-        counts |= {"validation": images * phases.calls["validation"]}
-        seconds = {name: phases.seconds[name] for name in PHASES}
-        settings = {name: getattr(args, name) for name in flags.DEFAULTS}
-        result = {"seconds": seconds, "counts": counts, "peak": peak, "peak_of": what, "settings": settings}
-        with memory.visiting(trainer.away, trainer.sd.device):
-            each = work(trainer)
+        run, steps = runs[0], sum("total" in row for row in runs[0].record.history)
+        counts = {"negatives": len(run.c_mod), "training": steps}
+        counts["validation"] = len(run.prompts) * phases.calls["validation"]
+        result = {"seconds": {name: phases.seconds[name] for name in PHASES}, "counts": counts, "peak": peak}
+        result |= {"peak_of": what, "settings": dataclasses.asdict(run.settings)}
+        each = work(run)
         return result | {"flop": {name: count * each[name] for name, count in counts.items()}}
 
 
-def work(trainer: train.Trainer) -> dict[str, int]:
+def step(run: RPO) -> Tensor:
+    """One training step, without the record; returns the loss."""
+    loss = run.loss(run.machine.place(run.batch(1))).total
+    run.optimizer.minimize(loss)
+    return loss.detach()
+
+
+def work(run: RPO) -> dict[str, int]:
     """FLOP of one negative, one training step and one validation picture, as torch counts them (2 a multiply-add)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     def count(call) -> int:
         # The counter may not know the CPU's fused attention, but it knows products of matrices.
-        plain = sdpa_kernel(SDPBackend.MATH) if trainer.sd.device.type == "cpu" else contextlib.nullcontext()
+        plain = sdpa_kernel(SDPBackend.MATH) if run.sd.device.type == "cpu" else contextlib.nullcontext()
         with FlopCounterMode(display=False) as counter, plain:
             call()
         return counter.get_total_flops()
 
-    prompt = trainer.subject.training_prompts[:1]
-    image = trainer.photos[:1]
-    draw = count(lambda: trainer.draw(prompt, 0, "counting"))
-    score = count(lambda: trainer.reward.alignments(image, prompt))
-    encode = count(lambda: trainer.sd.encode_images(image))
-    step = count(lambda: trainer.step(1))
-    return {"negatives": draw + score + encode, "training": step, "validation": draw + score}
+    prompt, image = run.prompts[:1], run.photos[:1]
+    draw = count(lambda: run.draw(prompt, run.theta, VALIDATION, "counting"))
+    score = count(lambda: run.reward.alignments(image, prompt))
+    encode = count(lambda: run.sd.encode_images(image))
+    return {"negatives": draw + score + encode, "training": count(lambda: step(run)), "validation": draw + score}
 
 
 def matmul_peak(device: torch.device, quick: bool) -> tuple[str, float]:

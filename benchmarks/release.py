@@ -36,6 +36,7 @@ from benchmarks import common, phases
 from rpo import denoising_loss, preference_label, preference_probability, rpo_loss
 from subject import Subject, load_subject, open_photo
 from support import flags
+from support.settings import count
 
 SOLVER_STEPS, NEGATIVES_A_PROMPT, VALIDATE_EVERY = 50, 16, 40  # the release's; the last is train.py's too
 # Of ours, for --quick: every picture and step as in the real run, only fewer.
@@ -107,7 +108,9 @@ class Release:
         paths, prompts, rewards = zip(*(self.negatives[i] for i in chosen), strict=True)
         images = [open_photo(path, self.size) for path in [*(self.subject.photos[i] for i in photos), *paths]]
         # The photos' own rewards cost nothing here, and 1 stands for them: a label's value changes no time.
-        label = preference_label(preference_probability(1.0, torch.tensor(rewards)), self.draws).to(self.device)
+        label = preference_label(preference_probability(torch.tensor(1.0), torch.tensor(rewards)), self.draws).to(
+            self.device
+        )
         t = torch.randint(1000, (n,), generator=self.draws).repeat(2).to(self.device)
         with common.autocast(self.device):
             with torch.no_grad():
@@ -120,7 +123,8 @@ class Release:
                 x_t = pipe.scheduler.add_noise(x_0, eps, t)
                 base = denoising_loss(self.base_unet(x_t, t, context).sample, eps)
             ours = denoising_loss(self.unet(x_t, t, context).sample, eps)
-        loss = rpo_loss(*ours.chunk(2), *base.chunk(2), label, beta=1.0).total
+        ref, gen = ours.chunk(2)
+        loss = rpo_loss(ref, ref, gen, *base.chunk(2), label).total
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
@@ -207,10 +211,10 @@ def main() -> int:
     add = parser.add_argument
     add("--full", action="store_true", help="do the whole job in the release's shape too, and extrapolate nothing")
     add("--quick", action="store_true", help="one of each, and a short run of ours, to see that it works")
-    add("--samples", type=flags.count, default=5, help="of each piece of the release's work (default: %(default)s)")
-    add("--steps", type=flags.count, default=400, help="gradient steps of the job (default: %(default)s)")
+    add("--samples", type=count, default=5, help="of each piece of the release's work (default: %(default)s)")
+    add("--steps", type=count, default=400, help="gradient steps of the job (default: %(default)s)")
     add("--device", help="cpu or cuda (default: the best there is)")
-    add("--threads", type=flags.count, help="of a CPU (default: as many as torch takes)")
+    add("--threads", type=count, help="of a CPU (default: as many as torch takes)")
     add("--write", action="store_true", help=f"put the table into {common.RESULTS.name}, in this machine's section")
     args = parser.parse_args()
     return common.finish(measured, args)

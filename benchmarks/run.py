@@ -29,14 +29,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-import train
 from benchmarks import common
 from benchmarks.common import AsOurs, Pair, Report, alternate, check_same, row
-from benchmarks.phases import DOG, matmul_peak, whole, whole_rows
+from benchmarks.full_size import write_sd15
+from benchmarks.phases import DOG, matmul_peak, step, whole, whole_rows
 from model.align import ALIGN
 from model.stable_diffusion import recommended
+from model.tokenizer import BertTokenizer
+from reward import Reward
 from subject import load_subject
-from support import flags
+from support import flags, start
+from support.settings import count, resolve
+from train import RPO
 
 SHORT = ("--steps", "8", "--validate-every", "4", "--images-per-prompt", "1", "--solver-steps", "5")  # for --quick
 PARTS = ("unet", "drawing", "training", "whole")
@@ -87,7 +91,7 @@ def drawing_rows(pair: Pair, pictures: int, steps: int, size: int, repeats: int)
     prompts = [prompts[i % len(prompts)] for i in range(pictures)]
     shape = (pictures, pair.ours.unet.config.in_channels, size // pair.ours.vae.downscale)
     latents = torch.randn(*shape, shape[-1], generator=torch.Generator().manual_seed(0)).to(pair.device)
-    guidance = recommended(pair.base)[0].get("guidance", flags.DEFAULTS["guidance"])
+    guidance = recommended(pair.base)[0].get("guidance", RPO.Settings.guidance)
 
     def ours():
         seeds = list(range(pictures))
@@ -109,26 +113,27 @@ def drawing_rows(pair: Pair, pictures: int, steps: int, size: int, repeats: int)
     return rows
 
 
-def trainer_of(sd, base: Path, folder: Path, argv: list[str]) -> train.Trainer:
-    """train.py's own, ready for its first step on random latents: neither pictures nor posteriors are made."""
-    arguments = ["--subject", DOG, "--base", base, "--ckpt", folder / "run.safetensors", *argv]
-    args = train.arguments().parse_args([str(argument) for argument in arguments])
-    args.align = base / "reward"
+def run_of(sd, base: Path, folder: Path, argv: list[str]) -> RPO:
+    """train.py's own run, ready for its first step on random latents: neither pictures nor posteriors are made."""
+    arguments = ["--subject", DOG, "--base", base, "--align", base / "reward", "--ckpt", folder / "run.safetensors"]
+    args = start.parse(RPO, "", [str(argument) for argument in (*arguments, *argv)])
     sd = copy.copy(sd)
     side, draws = sd.image_size // sd.vae.downscale, torch.Generator().manual_seed(0)
     picture = Image.new("RGB", (sd.image_size, sd.image_size), "teal")
 
-    def posterior(images, *_):
-        mean = torch.randn(len(images), sd.unet.config.in_channels, side, side, generator=draws).to(sd.device)
+    def posterior(images):
+        mean = torch.randn(len(images), sd.vae.config.latent_channels, side, side, generator=draws)
         return mean, 0.1 * torch.ones_like(mean)
 
     sd.encode_images = posterior
     with contextlib.redirect_stdout(io.StringIO()):
-        flags.settle(args)
-    trainer = train.Trainer(args, load_subject(DOG), sd, ALIGN.from_pretrained(args.align).to(sd.device))
-    trainer.draw = lambda prompts, *_, **__: [picture] * len(prompts)
-    trainer.prepare()
-    return trainer
+        args.settings = resolve(RPO.Settings, args, *recommended(base))
+    align, bert = ALIGN.from_pretrained(args.align).to(sd.device), BertTokenizer.from_pretrained(args.align)
+    parts = start.assemble(args, RPO, load_subject(DOG), sd, align, bert)
+    run = RPO(parts, Reward(align, bert, parts.photos))
+    run.draw = lambda prompts, *_: [picture] * len(prompts)
+    run.prepare()
+    return run
 
 
 def training_rows(pair: Pair, base: Path, argv: list[str], repeats: int) -> list[str]:
@@ -140,14 +145,14 @@ def training_rows(pair: Pair, base: Path, argv: list[str], repeats: int) -> list
             mine, other = copy.copy(pair.ours), copy.copy(pair.ours)
             # Adapters are added to the network itself, so it gets a copy (that shares the weights).
             mine.unet, other.unet = shared_copy(pair.ours.unet), AsOurs(shared_copy(pair.theirs.unet))
-            ours, theirs = (trainer_of(sd, base, Path(folder), argv) for sd in (mine, other))
-            losses = [torch.tensor(trainer.step(1)["total"]) for trainer in (ours, theirs)]
+            ours, theirs = (run_of(sd, base, Path(folder), argv) for sd in (mine, other))
+            losses = [step(run) for run in (ours, theirs)]
             check_same(*losses, 1e-3 if pair.device.type == "cpu" else 5e-2, "the first step's loss")
-            kind = f"LoRA {ours.args.lora_rank}" if ours.args.lora_rank else "the whole U-Net"
-            seconds = alternate(lambda a=ours: a.step(1), lambda b=theirs: b.step(1), repeats, pair.device)
-            side = ours.ref_posterior[0].shape[-1]
-            rows.append(row(f"training step, {kind}, pairs: {ours.args.batch} x {side}x{side}, {name}", *seconds))
-            del ours, theirs, mine, other  # lest two layouts' networks are held at once
+            rank, pairs, side = ours.machine.lora_rank, ours.settings.batch, ours.ref[0].shape[-1]
+            kind = f"LoRA {rank}" if rank else "the whole U-Net"
+            seconds = alternate(lambda a=ours: step(a), lambda b=theirs: step(b), repeats, pair.device)
+            rows.append(row(f"training step, {kind}, pairs: {pairs} x {side}x{side}, {name}", *seconds))
+            del ours, theirs, mine, other  # so that only one layout's networks are in memory
     return rows
 
 
@@ -194,7 +199,8 @@ def by_phase(report: Report, size: str, base: Path, device: torch.device, quick:
     name, peak = matmul_peak(device, quick)
     for line in whole_rows(result, peak):
         report(line)
-    settings = ", ".join(f"{name} {value:g}" for name, value in result["settings"].items() if name != "class_images")
+    shown = ("lr", "batch", "guidance", "images_per_prompt", "solver_steps")
+    settings = ", ".join(f"{name} {result['settings'][name]:g}" for name in shown)
     short = " A short run, to see that it works: its shares are not the real run's." if quick else ""
     report(f"\n`train.py --subject data/dog {' '.join(argv)}`; {settings}.{short} Python's own start is not counted.")
     report(f"The peak is what a {name} reaches: {peak / 1e12:.3g} TFLOP/s.")
@@ -208,7 +214,7 @@ def measured(args: argparse.Namespace) -> Report:
     report = Report(title + (" --quick" if args.quick else ""), device)
     for size in ("toy", "sd15") if args.size == "both" else (args.size,):
         with tempfile.TemporaryDirectory(prefix="benchmark_", dir=args.folder) as folder:
-            base = flags.EMBEDDED_BASE if size == "toy" else common.write_sd15(Path(folder))
+            base = flags.EMBEDDED_BASE if size == "toy" else write_sd15(Path(folder))
             if set(args.only) - {"whole"}:
                 beside(report, size, base, device, args.quick, args.only)
             if "whole" in args.only:
@@ -222,7 +228,7 @@ def main() -> int:
     add("--device", help="cpu or cuda (default: the best there is)")
     add("--size", choices=("toy", "sd15", "both"), default="both", help="(default: %(default)s)")
     add("--only", choices=PARTS, nargs="+", default=PARTS, help="some of the tables (default: all)")
-    add("--threads", type=flags.count, help="of a CPU (default: as many as torch takes)")
+    add("--threads", type=count, help="of a CPU (default: as many as torch takes)")
     add("--quick", action="store_true", help="few repetitions and a short run, to see that all works")
     add("--write", action="store_true", help=f"put the tables into {common.RESULTS.name}, in this machine's section")
     add("--folder", type=Path, help="for the temporary weights of SD 1.5's size, 2 GB (default: the system's place)")

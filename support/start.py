@@ -38,8 +38,11 @@ class Run(NamedTuple):
     settings: Any  # the method's
 
 
-def parse(method: type, description: str) -> argparse.Namespace:
-    """The command line of a method, a class like train.RPO: flags of the run, and a flag for each of its settings."""
+def parse(method: type, description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of a method, a class like train.RPO: flags of the run, and a flag for each of its settings.
+
+    argv: the flags, instead of the command's own.
+    """
     parser = flags.Parser(description=description)
     add = parser.add_argument
     add("--subject", type=flags.path, required=True, help="a folder with 4 to 6 photos of the subject")
@@ -56,7 +59,7 @@ def parse(method: type, description: str) -> argparse.Namespace:
     flags.add_machine_flags(parser)
     add("--checkpoint-gradients", action="store_true", help="less memory, a third slower: compute activations twice")
     add_settings(parser, method.Settings)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.ckpt.suffix != ".safetensors":
         parser.error(f"--ckpt {args.ckpt} should end in .safetensors")
     if args.patience and args.keep_last:
@@ -84,24 +87,38 @@ def prepared(args: argparse.Namespace, method: type) -> Iterator[Run]:
         prompts = "prompts of living subjects" if subject.live else "prompts of things"
         prompts += " (a person or an animal? --live)" if args.live is None and not subject.live else ""
         print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
-        args.settings = settings = resolve(method.Settings, args, *recommended(args.base))
+        args.settings = resolve(method.Settings, args, *recommended(args.base))
         short = memory.print_estimate(args, device)
         sd, align, bert = _load(args, device, subject)
-        machine = Machine(
-            sd,
-            method.trained,
-            batch=settings.batch,
-            lora_rank=args.lora_rank,
-            checkpoint_gradients=args.checkpoint_gradients,
-            seed=settings.seed,
-            offloadable=[sd.vae, sd.text_encoder, align] if short else [],
-        )
-        optimizer = Optimizer(machine, settings.lr, settings.weight_decay, settings.clip_norm)
-        photos, name = load_photos(subject, sd.image_size), method.__name__.lower()
-        header = header_of(name, args, settings, subject, sd)
-        identity = identity_of(name, args, settings, subject)
-        record = Record(args.ckpt, header, identity, subject.training_prompts, photos, machine, optimizer, settings)
-        yield Run(subject, photos, args.base, sd, align, bert, machine, optimizer, record, settings)
+        yield assemble(args, method, subject, sd, align, bert, offload=short)
+
+
+def assemble(
+    args: argparse.Namespace,
+    method: type,
+    subject: Subject,
+    sd: StableDiffusion,
+    align: ALIGN,
+    bert: BertTokenizer,
+    offload: bool = False,
+) -> Run:
+    """A run, from loaded networks. offload: VAE, text encoder and ALIGN leave the device between validations."""
+    settings = args.settings
+    machine = Machine(
+        sd,
+        method.trained,
+        batch=settings.batch,
+        lora_rank=args.lora_rank,
+        checkpoint_gradients=args.checkpoint_gradients,
+        seed=settings.seed,
+        offloadable=[sd.vae, sd.text_encoder, align] if offload else [],
+    )
+    optimizer = Optimizer(machine, settings.lr, settings.weight_decay, settings.clip_norm)
+    photos, name = load_photos(subject, sd.image_size), method.__name__.lower()
+    header = header_of(name, args, settings, subject, sd)
+    identity = identity_of(name, args, settings, subject)
+    record = Record(args.ckpt, header, identity, subject.training_prompts, photos, machine, optimizer, settings)
+    return Run(subject, photos, args.base, sd, align, bert, machine, optimizer, record, settings)
 
 
 def _load(args: argparse.Namespace, device, subject: Subject) -> tuple[StableDiffusion, ALIGN, BertTokenizer]:

@@ -2,10 +2,10 @@
 
     python -m toy.bench --quick              # minutes: two subjects, one seed, the four methods, 120 steps
     python -m toy.bench                      # six subjects, two seeds, everything: hours on two cores
-    python -m toy.bench --only methods loss  # some groups: rpo, methods, loss, lambda_train, beta_tau, sure, coin, lr
+    python -m toy.bench --only methods loss  # some groups: rpo, methods, loss, lambda_train, beta, coin, lr
     python -m toy.bench --only rpo --subjects dog-1 --seeds 0 1 2 --images 2  # README's first table
 
-Every variant trains with train.py's own Trainer, from the same photos, for the same number of steps, with the base's
+Every variant trains in train.py's own loop, from the same photos, for the same number of steps, with the base's
 recommended settings. Then the 25 test prompts are drawn with the kept weights, with the same noise for every variant,
 and scored by metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val, the mean,
 early stopping) uses one run's saved validations. Pictures that variants share, the negatives and the base's, are drawn
@@ -30,47 +30,55 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
-from unittest import mock
 
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import train
+from baselines.dpg import DPG
+from baselines.dreambooth import DreamBooth
 from metrics import Metrics
 from model.files.tensors import read_tensors
 from model.files.write import save_tensors, write_atomic
 from model.stable_diffusion import PRECISIONS, StableDiffusion, recommended
 from reward import MEANS
-from rpo import preference_label
 from subject import Subject, load_photos, load_subject
 from support import flags, machine
+from support.settings import count, seed_number
+from support.start import parse
 from toy import world
 from toy.networks import WEIGHTS
 
 SUBJECTS = ("dog-2", "cat-0", "rabbit-1", "backpack-0", "clock-0", "teapot-1")  # reserved: no training has seen them
 TUNING = ("dog-3",)  # for the learning rates alone
+RATES = ("1e-5", "3e-5", "1e-4")
 EXAMPLE = ("dog-1",)  # data/dog: the learning rate was first chosen on it, so no comparison counts it
-METHODS = {
-    "RPO": [],
-    "DreamBooth": ["--method", "dreambooth", "--keep-last"],
-    "DPG, look-forward": ["--method", "dpg", "--keep-last"],
-    "DPG, DINO": ["--method", "dpg", "--dpg-reward", "dino", "--keep-last"],
+Variant = tuple[type[train.RPO], list[str]]  # the method, and its flags
+
+
+class CertainLabel(train.RPO):
+    """RPO with P in the place of the coin y. The coin is still drawn, so that later draws are equal."""
+
+    def batch(self, step):
+        batch = super().batch(step)
+        return batch._replace(label=batch.p)
+
+
+METHODS: dict[str, Variant] = {
+    "RPO": (train.RPO, []),
+    "DreamBooth": (DreamBooth, ["--keep-last"]),
+    "DPG, look-forward": (DPG, ["--keep-last"]),
+    "DPG, DINO": (DPG, ["--dpg-reward", "dino", "--keep-last"]),
 }
-GROUPS: dict[str, dict[str, list[str]]] = {
+GROUPS: dict[str, dict[str, Variant]] = {
     "rpo": {"RPO": METHODS["RPO"]},
     "methods": METHODS,
-    "loss": {"similarity only": ["--preference-weight", "0"]},
-    "lambda_train": {f"λ_train {value}": ["--lambda-train", value] for value in ("0.3", "0.5", "0.7")},
-    "beta_tau": {
-        "β 100": ["--beta", "100"],
-        "β 2000": ["--beta", "2000"],
-        "τ 0.02": ["--tau", "0.02"],
-        "β 2000, τ 0.02": ["--beta", "2000", "--tau", "0.02"],
-    },
-    "sure": {"λ_train 0.7, τ 0.02": ["--lambda-train", "0.7", "--tau", "0.02"]},
-    "coin": {"RPO, P for y": []},
-    "lr": {f"{m}, lr {lr}": [*METHODS[m], "--lr", lr] for m in METHODS for lr in ("1e-5", "3e-5", "1e-4")},
+    "loss": {"similarity only": (train.RPO, ["--preference-weight", "0"])},
+    "lambda_train": {f"λ_train {value}": (train.RPO, ["--lambda-train", value]) for value in ("0.3", "0.5", "0.7")},
+    "beta": {f"β {value}": (train.RPO, ["--beta", value]) for value in ("100", "2000")},
+    "coin": {"RPO, P for y": (CertainLabel, [])},
+    "lr": {f"{m}, lr {lr}": (METHODS[m][0], [*METHODS[m][1], "--lr", lr]) for m in METHODS for lr in RATES},
 }
 # What is chosen from RPO's and the similarity's saved validations: (λ_val, mean), or None for the last one.
 CHOICES = {
@@ -96,32 +104,32 @@ LOGGED = {"P": "p", "share of y = 1": "label", "Δ": "margin", "\\|Δ\\|": "|mar
 FIGURE_PROMPTS = 6
 
 
-class Watched(train.Trainer):
-    """A Trainer that keeps what its validations scored and weighed, and draws nothing that θ₀ has drawn before."""
+class Watched:
+    """Mixed into a method: keeps what its validations scored and weighed, and draws nothing twice that θ₀ drew."""
 
     shared: ClassVar[dict[tuple, tuple[list[Image.Image], float]]] = {}  # θ₀'s pictures, and the seconds they took
-    folder: Path | None = None  # where the validations' weights go
-    last: Watched
+    folder: ClassVar[Path | None] = None  # where the validations' weights go
+    last: ClassVar[Watched]
 
     def __init__(self, *parts):
         super().__init__(*parts)
         Watched.last, self.scored, self.spared = self, {}, 0.0
 
-    def draw(self, prompts, place, text):
-        if self.sd.unet is self.unet and self.record.history:  # θ, after the first step
-            return super().draw(prompts, place, text)
-        key = (tuple(prompts), self.args.seed, place)
-        if key in self.shared:
-            self.spared += self.shared[key][1]  # a run of its own would have taken them too
+    def draw(self, prompts, unet, stream, title):
+        if unet is self.theta and self.record.history:  # θ, after the first step
+            return super().draw(prompts, unet, stream, title)
+        key = (tuple(prompts), self.settings.seed, stream)
+        if key in Watched.shared:
+            self.spared += Watched.shared[key][1]  # a run of its own would have taken them too
         else:
             start = time.time()
-            self.shared[key] = super().draw(prompts, place, text), time.time() - start
-        return self.shared[key][0]
+            Watched.shared[key] = super().draw(prompts, unet, stream, title), time.time() - start
+        return Watched.shared[key][0]
 
     def validate(self, step):
         self.scored[step] = super().validate(step)
-        if self.folder and step:
-            save_tensors(self.unet.state_dict(), self.folder / f"{step}.safetensors")
+        if Watched.folder and step:
+            save_tensors(self.machine.weights(), Watched.folder / f"{step}.safetensors")
         return self.scored[step]
 
     def chosen(self, choice: tuple[float, str] | None) -> int:
@@ -208,7 +216,7 @@ class Bench:
         (self.out / "rows").mkdir(exist_ok=True)
         return self.out / "rows" / f"{subject} {seed} {name}.png"
 
-    def run(self, subject: Subject, seed: int, name: str, options: list[str]) -> None:
+    def run(self, subject: Subject, seed: int, name: str, method: type[train.RPO], options: list[str]) -> None:
         """Train one variant and score what it keeps, and what other choices among its validations would have kept."""
         folder = self.out / f"run-{subject.folder.name}-{seed}-{os.getpid()}"  # another process may run the same
         argv = ["--base", WEIGHTS, "--subject", subject.folder, "--noun", subject.noun]
@@ -218,14 +226,10 @@ class Bench:
             argv += ["--validate-every", self.steps]
         Watched.folder = folder / "validations"
         Watched.folder.mkdir(parents=True, exist_ok=True)
-        label = expected_label if name in GROUPS["coin"] else preference_label
+        watched = type(method.__name__, (Watched, method), {})
         try:
             start = time.time()
-            with mock.patch.object(train, "Trainer", Watched), mock.patch.object(train, "preference_label", label):
-                if train.run(
-                    train.arguments().parse_args(list(map(str, argv)))
-                ):  # it has told of Ctrl-C, and ended well
-                    raise KeyboardInterrupt
+            train.fine_tune(parse(method, "", list(map(str, argv))), watched)
             seconds = time.time() - start + Watched.last.spared
             self.note_choices(subject, seed, name, round(seconds, 1))
         finally:
@@ -251,15 +255,15 @@ class Bench:
             self.note(**row, **trainer.validated(step), **scores[step][1], **trainer.logged())
 
     def all(self, subjects: list[str], seeds: list[int], groups: list[str]) -> None:
-        variants = {name: options for group in groups for name, options in GROUPS[group].items()}
+        variants = {name: variant for group in groups for name, variant in GROUPS[group].items()}
         for seed in seeds:
             for subject in map(self.subject, subjects):
                 Watched.shared.clear()
-                for name, options in variants.items():
+                for name, (method, options) in variants.items():
                     last = list(SELECTED.get(name, {"": None}))[-1]
                     if not self.rows(variant=name, choice=last, subject=subject.folder.name, seed=seed):
                         print(f"\n== {name}, {subject.folder.name}, seed {seed}", flush=True)
-                        self.run(subject, seed, name, options)
+                        self.run(subject, seed, name, method, options)
                         self.tables()
 
     # ------------------------------------------------------------------------------------------ what comes out
@@ -323,14 +327,13 @@ class Bench:
             PUBLISHED,
             *self.table("Harmonic or arithmetic mean", [("RPO", "λ_val 0.3"), ("RPO", "λ_val 0.3, arithmetic")]),
             *self.table("λ_train", [*rpo, *names["lambda_train"]]),
-            *self.table("β and τ", [*rpo, *names["beta_tau"]]),
-            *self.table("Labels that are sure of the photo", [*rpo, *names["sure"]]),
+            *self.table("β", [*rpo, *names["beta"]]),
             *self.table("Learning rates", names["lr"], TUNING),
             "Means over the second half of a run's steps; a step's Δ and P are means over its pairs.\n",
             f"| labels and margins | runs | {' | '.join(LOGGED)} |",
             "|---|" + "---|" * (1 + len(LOGGED)),
         ]
-        weighed = ("rpo", "loss", "coin", "lambda_train", "beta_tau", "sure")  # the groups that log P and Δ
+        weighed = ("rpo", "loss", "coin", "lambda_train", "beta")  # the groups that log P and Δ
         for name in [name for group in weighed for name in GROUPS[group]]:
             if rows := self.runs((name, "")).values():
                 cells = {title: f"{statistics.mean(row[key] for row in rows):.4f}" for title, key in LOGGED.items()}
@@ -372,12 +375,6 @@ class Bench:
         page.quantize().save(self.out / file)
 
 
-def expected_label(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """In `preference_label`'s place: P instead of the coin, which falls all the same, so that later draws are equal."""
-    preference_label(p, generator)
-    return p
-
-
 def spread(values: list[float], of_mean: bool = False, sign: str = "") -> str:
     """The mean, and ± the standard deviation, or the mean's standard error; of one value there is none."""
     mean = f"{statistics.mean(values):{sign}.3f}"
@@ -414,9 +411,9 @@ def main() -> int:
     add("--quick", action="store_true", help="two subjects, one seed, the methods, 120 steps")
     add("--only", nargs="+", choices=list(GROUPS), help="groups (default: all but lr)")
     add("--subjects", nargs="+", type=reserved, metavar="KIND-N", help=f"(default: {' '.join(SUBJECTS)})")
-    add("--seeds", type=flags.seed, nargs="+", default=[0, 1], help="(default: 0 1)")
-    add("--steps", type=flags.count, default=400, help="gradient steps (default: 400)")
-    add("--images", type=flags.count, default=4, help="pictures a test prompt (default: 4)")
+    add("--seeds", type=seed_number, nargs="+", default=[0, 1], help="(default: 0 1)")
+    add("--steps", type=count, default=400, help="gradient steps (default: 400)")
+    add("--images", type=count, default=4, help="pictures a test prompt (default: 4)")
     add("--out", type=flags.path, default=Path("runs/bench"), help="(default: runs/bench)")
     args = parser.parse_args()
     if args.quick:  # other defaults, no more

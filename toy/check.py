@@ -34,6 +34,7 @@ from model.tokenizer import CLIPTokenizer
 from model.vae import VAE
 from subject import DREAMBENCH_PROMPTS, TRAINING_PROMPTS
 from support import flags
+from support.settings import count, seed_number
 from toy import world
 from toy.networks import WEIGHTS
 
@@ -116,7 +117,7 @@ def check_clip(clip: CLIP, seed: int) -> Iterator[Row]:
 def check_base(base: StableDiffusion, clip: CLIP, seed: int, count: int, path: Path) -> Iterator[Row]:
     asked = random_prompts(count, random.Random(f"check base {seed}"))
     kinds, prompts = zip(*asked, strict=True)
-    settings, seeds = flags.DEFAULTS | recommended(WEIGHTS)[0], range(1000 * seed, 1000 * seed + count)
+    settings, seeds = recommended(WEIGHTS)[0], range(1000 * seed, 1000 * seed + count)
     steps, guidance = settings["solver_steps"], settings["guidance"]
     with tqdm(total=count, desc="base", leave=False) as bar:
         images = base.generate(prompts, seeds, steps=steps, guidance=guidance, on_batch=bar.update)
@@ -188,8 +189,8 @@ def run(args: argparse.Namespace) -> int:
 def main() -> int:
     parser = flags.Parser(description=__doc__)
     add = parser.add_argument
-    add("--prompts", type=flags.count, default=120, help="pictures the base draws (default: 120)")
-    add("--seed", type=flags.seed, default=0, help="of subjects, prompts and noise (default: 0)")
+    add("--prompts", type=count, default=120, help="pictures the base draws (default: 120)")
+    add("--seed", type=seed_number, default=0, help="of subjects, prompts and noise (default: 0)")
     add("--sheet", type=flags.path, default=Path("check.png"), help="the base's pictures (default: check.png)")
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     args = parser.parse_args()

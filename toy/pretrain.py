@@ -45,6 +45,7 @@ from model.tokenizer import BertTokenizer, CLIPTokenizer
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
 from support import flags
+from support.settings import count, seed_number
 from toy.adversary import Adversary, sharpened
 from toy.contrastive import NAMES, contrast, equal_texts, other_kinds, tell_kinds
 from toy.data import CACHE, Data, encoded, make_data
@@ -352,10 +353,10 @@ def main() -> int:
     parser = flags.Parser(description=__doc__)
     add = parser.add_argument
     add("part", choices=["data", *PARTS])
-    add("--steps", type=flags.count, help="gradient steps (data: drawings)")
-    add("--batch", type=flags.count, help="samples a step")
+    add("--steps", type=count, help="gradient steps (data: drawings)")
+    add("--batch", type=count, help="samples a step")
     add("--go-on", action="store_true", help="start from the weights in weights/toy, not from nothing")
-    add("--seed", type=flags.seed, default=0, help="of batches and noise; going on, give another (default: 0)")
+    add("--seed", type=seed_number, default=0, help="of batches and noise; going on, give another (default: 0)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     return flags.guarded(lambda: run(args), lambda: "use a smaller --batch", interrupted="interrupted")
