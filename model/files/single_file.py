@@ -1,8 +1,8 @@
 """A whole Stable Diffusion 1.x or 2.x in one file, as model sites share it: `v1-5-pruned-emaonly.safetensors`.
 
-Such a file keeps the names of the code it was trained with (CompVis/stable-diffusion, arXiv 2112.10752), which are not
-those of the folders. `compvis_names` lists, for a network's configuration, every tensor of ours with its name there;
-reading and writing are look-ups in that one list. The U-Net's blocks are numbered straight through there:
+Such a file has the names of the code that SD was trained with (CompVis/stable-diffusion, arXiv 2112.10752), not those
+of the folders. `compvis_names` is the table from ours to theirs; reading uses it in the other direction. CompVis
+numbers the blocks of the U-Net across its levels:
 
     input_blocks    0 conv_in | level 0: resnets 1 2, downsampler 3 | level 1: 4 5, 6 | ...
     output_blocks   level 0: resnets 0 1 2, upsampler inside 2 | level 1: 3 4 5 | ...
@@ -16,290 +16,247 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from model.files.errors import CheckpointError
-from model.files.tensors import WHOLE, read_metadata, read_tensors, what_is
+from model.files.tensors import WHOLE, Tensors, read_metadata, read_tensors, what_is
 from model.files.write import save_tensors
 
-Parts = dict[str, tuple[dict, dict[str, Tensor]] | dict]
+Parts = dict[str, tuple[dict, Tensors] | dict]
 
 CONFIG_KEY = "rpo.config"  # in the header of files written here: the parts' config values, as JSON
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 OPENAI, OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."  # SD 1.x, SD 2.x
-OPENCLIP_LAYERS = 23  # of 24: SD 2.x reads the layer before the last
+PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
-# What every public scheduler_config.json of SD 1.x and 2.x says.
-SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-SCHEDULER |= {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False, "trained_betas": None}
-PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}  # "v" is ModelSpec's
+# What the config.json files of the public folders say. A single file of a model site has none.
+TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+SD_1 = {
+    "unet": {
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "layers_per_block": 2,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+        "sample_size": 64,
+    },
+    "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "scaling_factor": 0.18215},
+    "text_encoder": dict(zip(TEXT, (768, 3072, 12, 12, "quick_gelu"), strict=True)),
+    "scheduler": {},  # the defaults of SchedulerConfig
+}
+UNET_2 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+SD_2 = SD_1 | {
+    "unet": SD_1["unet"] | UNET_2,
+    "text_encoder": dict(zip(TEXT, (1024, 4096, 23, 16, "gelu"), strict=True)),
+}
 
-# Modules inside our modules, and what they are called there.
+# Modules inside our modules, and their names there. What a table does not hold has the same name on both sides.
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
 RESNET |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-TEXT_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj"}
+TEXT_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn": "attn"}
 TEXT_LAYER |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-EMBEDDINGS = {"embeddings.token_embedding.weight": "token_embedding.weight"}
-EMBEDDINGS |= {"embeddings.position_embedding.weight": "positional_embedding"}
-PROJECTIONS = [f"attn{n}.to_{x}" for n in (1, 2) for x in "qkv"]  # the only modules without a bias
-BLOCK = ["norm1", "norm2", "norm3", "attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2", *PROJECTIONS]
-TRANSFORMER = {name: name for name in ("norm", "proj_in", "proj_out", *(f"transformer_blocks.0.{x}" for x in BLOCK))}
 
-# Under the three prefixes, but no weights that a picture needs: constants, training leftovers, OpenCLIP's other half.
-PASSED_OVER = re.compile(
+# Not needed for a picture: constants, leftovers of training, OpenCLIP's last layer and its projection.
+IGNORED = re.compile(
     r"first_stage_model\.(loss|model_ema)\."
     r"|cond_stage_model\.(.*\.)?(position_ids|attn_mask|logit_scale|text_projection|text_projection\.weight)$"
-    rf"|{re.escape(OPENCLIP)}transformer\.resblocks\.{OPENCLIP_LAYERS}\."
+    r"|cond_stage_model\.model\.transformer\.resblocks\.23\."
 )
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise CheckpointError for a .ckpt and its like, whatever it holds."""
+    """Raise CheckpointError for a .ckpt and similar endings, whatever the file holds."""
     if Path(path).suffix.lower() in PICKLES:
         raise CheckpointError(f"{path} is a pickle, which may run code when opened: get this model as .safetensors")
 
 
 def read_single_file(path: Path | str, prediction_type: str | None = None) -> Parts:
-    """A CompVis-layout file as the parts of a base model's folder.
+    """Read a CompVis-layout file as the parts of a base model's folder.
 
-    Returns {"unet", "vae", "text_encoder": (values of its config.json, tensors in its file's names), "scheduler":
-    values of its config}. Tensors are views into the mapped file. EMA copies (`model_ema.*`) are passed over.
+    Returns {"unet", "vae", "text_encoder": (values of its config.json, tensors under its file's names), "scheduler":
+    values of its config}. Tensors are views into the mapped file; EMA copies (`model_ema.*`) are ignored. That they
+    are complete and fit is checked when they are loaded into a network.
 
-    Shapes tell the architecture; see `describe` for what they do not tell. `prediction_type`: "epsilon" or
-    "v_prediction"; None to take the header's word, or epsilon for SD 1.x.
-    Raises CheckpointError, naming the file and its keys, if it is broken, something else or incomplete, if it has keys
-    too many, or if nothing says what an SD 2.x predicts.
+    prediction_type: "epsilon" or "v_prediction"; None to take what the file says, or epsilon for SD 1.x.
+    Raises CheckpointError, naming the file, if it is broken, another kind of model or lacks a part, or if nothing says
+    what an SD 2.x predicts.
     """
     path = Path(path)
     refuse_pickle(path)
-    bare = re.escape(OPENAI) + "(?=embeddings|encoder|final_layer_norm)"  # some tools leave out "text_model."
-    tensors = {re.sub(f"^{bare}", f"{OPENAI}text_model.", name): tensor for name, tensor in read_tensors(path).items()}
+    tensors = read_tensors(path)
     _refuse_others(tensors, path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    values = describe(shapes, read_metadata(path), prediction_type, path)
-    parts = {part: (values[part], _to_ours(part, values[part], tensors, path)) for part in PREFIXES}
+    values = describe(tensors, read_metadata(path), prediction_type, path)
+    parts = {part: (values[part], from_compvis(part, values[part], tensors)) for part in PREFIXES}
     return parts | {"scheduler": values["scheduler"]}
 
 
-def write_single_file(
-    path: Path | str, parts: Parts, metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float16
-) -> None:
-    """Write `parts`, as `read_single_file` returns them, to a CompVis-layout safetensors file, in `dtype`.
+def write_single_file(path: Path | str, parts: Parts, metadata: Mapping[str, str] | None = None) -> None:
+    """Write `parts`, as `read_single_file` returns them, to a CompVis-layout safetensors file, in half precision.
 
     The header holds `metadata`, the config values, and for other tools `modelspec.prediction_type` (Stability AI's
-    ModelSpec). Raises CheckpointError if a part's tensors are not those of its config, and as `save_tensors` does.
+    ModelSpec). Raises ValueError as `save_tensors` does.
     """
-    tensors = {}
+    tensors: Tensors = {}
     for part in PREFIXES:
-        values, ours = parts[part]
-        if part == "text_encoder" and _is_openclip(values) and values["num_hidden_layers"] > OPENCLIP_LAYERS:
-            raise CheckpointError(f"{path}: readers drop every OpenCLIP layer after the first {OPENCLIP_LAYERS}")
-        ours = {name: tensor for name, tensor in ours.items() if not name.endswith(".position_ids")}
-        names = compvis_names(part, values)
-        _same_keys(set(names), set(ours), f"the {part} for {path}")
-        for theirs, group in _inverse(names).items():
-            tensor = torch.cat([ours[name] for name in group]) if len(group) > 1 else ours[group[0]]
-            if part == "vae" and tensor.ndim == 2:  # the attention's matrices are 1x1 convolutions there
-                tensor = tensor[:, :, None, None]
-            tensors[theirs] = tensor.to(dtype)
+        tensors |= to_compvis(part, *parts[part])
     config = {part: parts[part][0] for part in PREFIXES} | {"scheduler": parts["scheduler"]}
     predicts = "v" if config["scheduler"].get("prediction_type") == "v_prediction" else "epsilon"
     header = {CONFIG_KEY: json.dumps(config), "modelspec.prediction_type": predicts}
-    save_tensors(tensors, Path(path), dict(metadata or {}) | header)
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    save_tensors(halves, Path(path), dict(metadata or {}) | header)
 
 
-def compvis_names(part: str, values: dict) -> dict[str, str]:
-    """Every tensor of "unet", "vae" or "text_encoder" with these config values: our name -> the CompVis file's.
+def describe(tensors: Tensors, header: Mapping[str, str], prediction_type: str | None, source: Path) -> dict:
+    """The config values of all four parts: from the header if it was written here, else those of SD 1.x or 2.x.
 
-    Three of ours share one of theirs where OpenCLIP keeps q, k and v, in this order, in one tensor.
+    The prediction type comes from, in this order: `prediction_type`, our header, `modelspec.prediction_type` (kohya),
+    `modelspec.predict_key` and an empty tensor `v_pred` (both ComfyUI).
     """
-    names = {"unet": _unet_names, "vae": _vae_names, "text_encoder": _text_names}[part](values)
-    prefix = PREFIXES[part] if part != "text_encoder" else OPENCLIP if _is_openclip(values) else OPENAI
-    return {ours: prefix + theirs for ours, theirs in names.items()}
-
-
-def _unet_names(values: dict) -> dict[str, str]:
-    widths, layers = values["block_out_channels"], values["layers_per_block"]
-    stride = layers + 1  # numbers a level takes: on the way down the downsampler's, on the way up one more layer's
-    modules = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-    modules |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-    modules |= _inside("mid_block.attentions.0", "middle_block.1", TRANSFORMER)
-    for j in range(2):
-        modules |= _inside(f"mid_block.resnets.{j}", f"middle_block.{2 * j}", RESNET, shortcut=False)
-    for way, blocks, first, count in (("down", "input_blocks", 1, layers), ("up", "output_blocks", 0, stride)):
-        for i, kind in enumerate(values[f"{way}_block_types"]):
-            ours, attends = f"{way}_blocks.{i}", kind.startswith("CrossAttn")
-            for j in range(count):
-                theirs = f"{blocks}.{first + i * stride + j}"
-                shortcut = way == "up" or (j == 0 and i > 0 and widths[i] != widths[i - 1])
-                modules |= _inside(f"{ours}.resnets.{j}", f"{theirs}.0", RESNET, shortcut)
-                modules |= _inside(f"{ours}.attentions.{j}", f"{theirs}.1", TRANSFORMER) if attends else {}
-            if i < len(widths) - 1:
-                down, up = f"{blocks}.{(i + 1) * stride}.0.op", f"{theirs}.{1 + attends}.conv"
-                modules[f"{ours}.{way}samplers.0.conv"] = down if way == "down" else up
-    return _weights_and_biases(modules)
-
-
-def _vae_names(values: dict) -> dict[str, str]:
-    layers, last = values["layers_per_block"], len(values["block_out_channels"]) - 1
-    modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    for side, way, count in (("encoder", "down", layers), ("decoder", "up", layers + 1)):
-        modules |= _inside(side, side, {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"})
-        modules |= _inside(f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1", VAE_ATTENTION)
-        for j in range(2):
-            modules |= _inside(f"{side}.mid_block.resnets.{j}", f"{side}.mid.block_{j + 1}", VAE_RESNET, shortcut=False)
-        widths = values["block_out_channels"][:: 1 if way == "down" else -1]
-        for i in range(len(widths)):
-            level = i if way == "down" else last - i  # numbered by size there, not in order
-            ours, theirs = f"{side}.{way}_blocks.{i}", f"{side}.{way}.{level}"
-            for j in range(count):
-                changes = j == 0 and i > 0 and widths[i] != widths[i - 1]
-                modules |= _inside(f"{ours}.resnets.{j}", f"{theirs}.block.{j}", VAE_RESNET, changes)
-            if i < last:
-                modules[f"{ours}.{way}samplers.0.conv"] = f"{theirs}.{way}sample.conv"
-    return _weights_and_biases(modules)
-
-
-def _text_names(values: dict) -> dict[str, str]:
-    modules = {"text_model.final_layer_norm": "ln_final"}
-    names = {f"text_model.{ours}": theirs for ours, theirs in EMBEDDINGS.items()}
-    for i in range(values["num_hidden_layers"]):
-        ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
-        modules |= _inside(ours, theirs, TEXT_LAYER)
-        for kind in ("weight", "bias"):
-            names |= {f"{ours}.self_attn.{x}_proj.{kind}": f"{theirs}.attn.in_proj_{kind}" for x in "qkv"}
-    names |= _weights_and_biases(modules)
-    return names if _is_openclip(values) else {name: name for name in names}
-
-
-def _inside(ours: str, theirs: str, modules: dict[str, str], shortcut: bool = True) -> dict[str, str]:
-    kept = {a: b for a, b in modules.items() if shortcut or a != "conv_shortcut"}
-    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in kept.items()}
-
-
-def _weights_and_biases(modules: dict[str, str]) -> dict[str, str]:
-    kinds = {ours: ["weight"] if ours.endswith(tuple(PROJECTIONS)) else ["weight", "bias"] for ours in modules}
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in kinds[ours]}
-
-
-def _is_openclip(values: dict) -> bool:
-    return values.get("hidden_act") == "gelu"  # OpenAI's CLIP has quick_gelu
-
-
-def _inverse(names: dict[str, str]) -> dict[str, list[str]]:
-    groups = {}
-    for ours, theirs in names.items():
-        groups.setdefault(theirs, []).append(ours)
-    return groups
-
-
-def _to_ours(part: str, values: dict, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    groups = _inverse(compvis_names(part, values))
-    found = {name for name in tensors if name.startswith(PREFIXES[part]) and not PASSED_OVER.match(name)}
-    _same_keys(set(groups), found, path)
-    renamed = {}
-    for theirs, ours in groups.items():
-        tensor = tensors[theirs]
-        if part == "vae" and ".attn_1." in theirs and tensor.shape[2:] == (1, 1):
-            tensor = tensor[:, :, 0, 0]
-        pieces = tensor.chunk(len(ours)) if len(ours) > 1 and tensor.ndim else [tensor]
-        if len(pieces) != len(ours):
-            raise CheckpointError(f"{path}: {theirs} is {tuple(tensor.shape)} and should hold q, k and v")
-        renamed |= zip(ours, pieces, strict=True)
-    return renamed
-
-
-def describe(shapes: dict[str, tuple], header: Mapping[str, str], prediction_type: str | None, source: Path) -> dict:
-    """The config values of all four parts, from the shapes {CompVis name: shape} and the header's metadata.
-
-    No shape tells the number of heads, the groups of the norms or the VAE's scale. Files of `write_single_file` say
-    so in the header. Others have Stable Diffusion's: 8 heads with a context 768 wide (1.x), else heads of 64 channels;
-    in the text encoder always heads of 64; 32 groups; 0.18215.
-    """
-    told, saved = _architecture(shapes, source), _saved_config(header, source)
-    context, widths = told["unet"]["cross_attention_dim"], told["unet"]["block_out_channels"]
-    said = saved["scheduler"].get("prediction_type") or PREDICTION_TYPES.get(header.get("modelspec.prediction_type"))
-    said = said or ("v_prediction" if "v_pred" in shapes else None)  # an empty tensor that some trainers put there
-    predicts = prediction_type or said or ("epsilon" if context == 768 else None)
-    if predicts is None:
+    is_2 = any(name.startswith(OPENCLIP) for name in tensors)
+    public = SD_2 if is_2 else SD_1
+    values = json.loads(header[CONFIG_KEY]) if CONFIG_KEY in header else public
+    said = prediction_type or values["scheduler"].get("prediction_type")
+    said = said or header.get("modelspec.prediction_type") or header.get("modelspec.predict_key")
+    predicts = PREDICTION_TYPES.get(said) or ("v_prediction" if "v_pred" in tensors else None)
+    if predicts is None and is_2:
         raise CheckpointError(
             f"{source} does not say what it predicts: add --prediction-type epsilon (2.1-base, 512 px) or "
             "--prediction-type v_prediction (2.1, 768 px)"
         )
-    heads = 8 if context == 768 else [max(width // 64, 1) for width in widths]
-    side = 96 if context == 1024 and predicts == "v_prediction" else 64
-    guessed = {
-        "unet": {"attention_head_dim": heads, "sample_size": side},
-        "vae": {"scaling_factor": 0.18215},
-        "text_encoder": {"num_attention_heads": max(told["text_encoder"]["hidden_size"] // 64, 1)},
-        "scheduler": SCHEDULER,
+    if values is SD_2 and predicts == "v_prediction":
+        values = SD_2 | {"unet": SD_2["unet"] | {"sample_size": 96}}
+    return values | {"scheduler": values["scheduler"] | {"prediction_type": predicts or "epsilon"}}
+
+
+def from_compvis(part: str, values: dict, tensors: Tensors) -> Tensors:
+    """The tensors of "unet", "vae" or "text_encoder" in a CompVis-layout file, under our names.
+
+    Unknown names stay as they are, so that loading reports them.
+    """
+    ours = {theirs: ours for ours, theirs in compvis_names(part, values).items()}
+    if part == "text_encoder":  # some tools leave out text_model; A1111 reads their files too
+        ours |= {name: f"text_model.{name}" for name in ("embeddings", "encoder", "final_layer_norm")}
+    renamed = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(PREFIXES[part]) or IGNORED.match(name):
+            continue
+        name = name.removeprefix(_prefix(part, values))
+        if ".attn_1." in name and tensor.ndim == 4:  # the VAE's attention, which has 1x1 convolutions there
+            tensor = tensor[:, :, 0, 0]
+        if ".attn.in_proj_" in name:  # OpenCLIP has q, k and v in one tensor
+            for x, third in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[_rename(name.replace("in_proj_", f"{x}_proj."), ours)] = third
+        else:
+            renamed[_rename(name, ours)] = tensor
+    return renamed
+
+
+def to_compvis(part: str, values: dict, tensors: Tensors) -> Tensors:
+    """The reverse of `from_compvis`, with the constants that clients look for in the text encoder of SD 2.x."""
+    theirs, renamed = compvis_names(part, values), {}
+    for ours, tensor in tensors.items():
+        name = _rename(ours, theirs)
+        if ".attn_1." in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        if ".attn.k_proj." in name or ".attn.v_proj." in name:  # written with q
+            continue
+        if ".attn.q_proj." in name:
+            name = name.replace("q_proj.", "in_proj_")
+            tensor = torch.cat([tensors[ours.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+        renamed[name] = tensor
+    if _prefix(part, values) == OPENCLIP:
+        renamed |= _unused_openclip(renamed, values["hidden_size"])
+    return {_prefix(part, values) + name: tensor for name, tensor in renamed.items()}
+
+
+def compvis_names(part: str, values: dict) -> dict[str, str]:
+    """The names that differ, with these config values: our module or tensor -> theirs, without the prefix."""
+    return {"unet": _unet_names, "vae": _vae_names, "text_encoder": _text_names}[part](values)
+
+
+def _unet_names(values: dict) -> dict[str, str]:
+    names = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    names |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    names |= {"mid_block.attentions.0": "middle_block.1"}
+    names |= _resnet("mid_block.resnets.0", "middle_block.0") | _resnet("mid_block.resnets.1", "middle_block.2")
+    stride = values["layers_per_block"] + 1  # a level's numbers: its layers and its downsampler, or one layer more
+    for i, kind in enumerate(values["up_block_types"]):
+        for j in range(stride):
+            n = i * stride + j
+            names |= _resnet(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n + 1}.0")
+            names |= _resnet(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0")
+            names[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n + 1}.1"
+            names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
+        place = 2 if kind.startswith("CrossAttn") else 1  # after the attention, if there is one
+        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n + 1}.0.op"
+        names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n}.{place}.conv"
+    return names
+
+
+def _resnet(ours: str, theirs: str) -> dict[str, str]:
+    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in RESNET.items()}
+
+
+def _vae_names(values: dict) -> dict[str, str]:
+    names, levels = {}, len(values["block_out_channels"])
+    for side, way in (("encoder", "down"), ("decoder", "up")):
+        names[f"{side}.conv_norm_out"] = f"{side}.norm_out"
+        names |= {f"{side}.mid_block.resnets.{j}": f"{side}.mid.block_{j + 1}" for j in range(2)}
+        for a, b in VAE_ATTENTION.items():
+            names[f"{side}.mid_block.attentions.0.{a}"] = f"{side}.mid.attn_1.{b}"
+        for i in range(levels):
+            level = i if way == "down" else levels - 1 - i  # theirs are numbered by size on both sides
+            ours, theirs = f"{side}.{way}_blocks.{i}", f"{side}.{way}.{level}"
+            names[f"{ours}.{way}samplers.0"] = f"{theirs}.{way}sample"
+            for j in range(values["layers_per_block"] + 1):
+                names[f"{ours}.resnets.{j}"] = f"{theirs}.block.{j}"
+                names[f"{ours}.resnets.{j}.conv_shortcut"] = f"{theirs}.block.{j}.nin_shortcut"
+    return names
+
+
+def _text_names(values: dict) -> dict[str, str]:
+    if _prefix("text_encoder", values) == OPENAI:
+        return {}
+    names = {
+        "text_model.embeddings.token_embedding": "token_embedding",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.final_layer_norm": "ln_final",
     }
-    told["scheduler"] = {"prediction_type": predicts}
-    return {part: guessed[part] | saved[part] | told[part] for part in told}
+    for i in range(values["num_hidden_layers"]):
+        for a, b in TEXT_LAYER.items():
+            names[f"text_model.encoder.layers.{i}.{a}"] = f"transformer.resblocks.{i}.{b}"
+    return names
 
 
-def _architecture(shapes: dict[str, tuple], source: Path) -> dict[str, dict]:
-    """The config values of the three networks that follow from the names and shapes in the file."""
-    names = [name for name in shapes if not PASSED_OVER.match(name)]
+def _rename(name: str, table: dict[str, str]) -> str:
+    """Replace the longest start of a dotted name that the table has."""
+    words = name.split(".")
+    for n in range(len(words), 0, -1):
+        if (start := ".".join(words[:n])) in table:
+            return ".".join([table[start], *words[n:]])
+    return name
 
-    def size(key: str, axis: int) -> int:
-        if axis >= len(shapes.get(key, ())) or shapes[key][axis] < 1:
-            raise CheckpointError(f"{source}: {key} is {shapes.get(key, 'missing')}")
-        return shapes[key][axis]
 
-    def count(pattern: str) -> int:
-        """How many different texts the pattern's group stands for."""
-        return len({match[1] for key in names if (match := re.match(pattern, key))})
+def _prefix(part: str, values: dict) -> str:
+    if part != "text_encoder":
+        return PREFIXES[part]
+    return OPENCLIP if values["hidden_act"] == "gelu" else OPENAI  # OpenAI's CLIP has quick_gelu
 
-    at = PREFIXES["unet"]
-    levels, blocks = 1 + count(rf"{at}input_blocks\.(\d+)\.0\.op\."), count(rf"{at}input_blocks\.(\d+)\.")
-    stride = blocks // levels  # the layers of a level and its downsampler; at the first level, conv_in
-    if stride < 2 or blocks % levels:
-        raise CheckpointError(f"{source} has {blocks} {at}input_blocks.* for {levels} levels: some are missing")
-    downs = [count(rf"{at}input_blocks\.{1 + i * stride}\.(1)\.") for i in range(levels)]
-    ups = [count(rf"{at}output_blocks\.{i * stride}\.(1)\.") for i in range(levels)]
-    unet = {
-        "in_channels": size(f"{at}input_blocks.0.0.weight", 1),
-        "out_channels": size(f"{at}out.2.weight", 0),
-        "block_out_channels": [
-            size(f"{at}input_blocks.{1 + i * stride}.0.in_layers.2.weight", 0) for i in range(levels)
-        ],
-        "down_block_types": ["CrossAttn" * attends + "DownBlock2D" for attends in downs],
-        "up_block_types": ["CrossAttn" * attends + "UpBlock2D" for attends in ups],
-        "layers_per_block": stride - 1,
-        "cross_attention_dim": size(f"{at}middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
-        "use_linear_projection": len(shapes.get(f"{at}middle_block.1.proj_in.weight", ())) == 2,
-    }
-    at = PREFIXES["vae"]
-    levels = count(rf"{at}encoder\.down\.(\d+)\.")
-    vae = {
-        "in_channels": size(f"{at}encoder.conv_in.weight", 1),
-        "out_channels": size(f"{at}decoder.conv_out.weight", 0),
-        "latent_channels": size(f"{at}post_quant_conv.weight", 0),
-        "block_out_channels": [size(f"{at}encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)],
-        "layers_per_block": count(rf"{at}encoder\.down\.0\.block\.(\d+)\."),
-    }
-    check_channels(unet["in_channels"], unet["out_channels"], vae["latent_channels"], source)
-    openclip = any(key.startswith(OPENCLIP) for key in shapes)
-    at = OPENCLIP if openclip else f"{OPENAI}text_model."
-    layers = f"{at}transformer.resblocks" if openclip else f"{at}encoder.layers"
-    tokens, places = EMBEDDINGS.values() if openclip else EMBEDDINGS
-    text = {
-        "vocab_size": size(at + tokens, 0),
-        "hidden_size": size(at + tokens, 1),
-        "intermediate_size": size(f"{layers}.0.mlp.{'c_fc' if openclip else 'fc1'}.weight", 0),
-        "num_hidden_layers": count(rf"{layers}\.(\d+)\."),
-        "max_position_embeddings": size(at + places, 0),
-        "hidden_act": "gelu" if openclip else "quick_gelu",
-    }
-    return {"unet": unet, "vae": vae, "text_encoder": text}
+
+def _unused_openclip(tensors: Tensors, width: int) -> Tensors:
+    """What public 2.x files also have. No picture depends on it, but diffusers 0.32 and ComfyUI look for it.
+
+    The 24th layer is of zeros: with its residual connections it returns its input.
+    """
+    last = [name for name in tensors if name.startswith("transformer.resblocks.22.")]
+    unused = {name.replace(".22.", ".23."): torch.zeros_like(tensors[name]) for name in last}
+    return unused | {"text_projection": torch.eye(width), "logit_scale": torch.zeros(())}
 
 
 def check_channels(takes: int, gives: int, latents: int, source: Path | str) -> None:
-    """Raise CheckpointError if a U-Net that takes and gives so many channels does not denoise such latents."""
+    """Raise CheckpointError if a U-Net with these input and output channels cannot denoise the VAE's latents."""
     if (takes, gives) != (latents, latents):
         raise CheckpointError(
             f"{source}: its U-Net takes {takes} channels and gives {gives}, but its VAE's latents have {latents}: "
@@ -307,29 +264,14 @@ def check_channels(takes: int, gives: int, latents: int, source: Path | str) -> 
         )
 
 
-def _saved_config(header: Mapping[str, str], source: Path) -> dict[str, dict]:
-    """What `write_single_file` put into the header, {} for a part of which it says nothing."""
-    try:
-        config = json.loads(header.get(CONFIG_KEY, "{}"))
-        return {part: dict(config.get(part, {})) for part in (*PREFIXES, "scheduler")}
-    except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: the header's {CONFIG_KEY} cannot be read: {error}") from None
-
-
-def _refuse_others(keys: Mapping[str, Tensor], path: Path) -> None:
+def _refuse_others(tensors: Tensors, path: Path) -> None:
     """Raise CheckpointError, saying what it is, if the file is not a whole Stable Diffusion in the CompVis layout."""
-    if (kind := what_is(keys)) not in (None, WHOLE):
-        kind += "" if "," in kind else " alone"  # a kind with a comma explains itself
+    if (kind := what_is(tensors)) not in (None, WHOLE):
         wanted = "--base takes a whole Stable Diffusion 1.x or 2.x, --ckpt what train.py wrote"
         raise CheckpointError(f"{path} is {kind}: {wanted}")
     parts = {part: f"{part} ({prefix}*)" for part, prefix in PREFIXES.items()}
-    lacking = [name for part, name in parts.items() if not any(key.startswith(PREFIXES[part]) for key in keys)]
+    lacking = [name for part, name in parts.items() if not any(key.startswith(PREFIXES[part]) for key in tensors)]
     if lacking:
-        raise CheckpointError(f"{path} is no whole Stable Diffusion in one file: it lacks {', '.join(lacking)}")
-
-
-def _same_keys(expected: set[str], found: set[str], source: Path | str) -> None:
-    problems = {"lacks": sorted(expected - found), "has unexpected": sorted(found - expected)}
-    told = [f"{verb} {', '.join(keys[:3])}{' and more' * (len(keys) > 3)}" for verb, keys in problems.items() if keys]
-    if told:
-        raise CheckpointError(f"{source} {' and '.join(told)}")
+        raise CheckpointError(f"{path} is not a whole Stable Diffusion in one file: it lacks {', '.join(lacking)}")
+    if (first := tensors.get("model.diffusion_model.input_blocks.0.0.weight")) is not None:
+        check_channels(first.shape[1], 4, 4, path)

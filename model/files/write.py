@@ -1,4 +1,4 @@
-"""Write a file beside its place, then rename it: a kill leaves the old file or the new one, whole."""
+"""Write a file under a temporary name, then rename it: an interruption leaves the old file or the new one, whole."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from model.files.errors import is_out_of_memory
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a name beside `path`, then rename: a kill leaves the old file or the new one, whole.
+    """Call `write` with a temporary name in the same folder, then rename that file to `path`.
 
-    Makes the folder if need be. Raises ValueError if the file cannot be written; a full memory's error stays as it is.
+    Makes the folder if it is missing. Raises ValueError if the file cannot be written; an out-of-memory error stays as
+    it is.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        os.replace(beside, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk
         if is_out_of_memory(error):
             raise
         raise ValueError(f"{path} cannot be written ({error})") from None
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file as `write_atomic` does. The same tensors and metadata give the same bytes."""
+    """Write a safetensors file with `write_atomic`. The same tensors and metadata give the same bytes."""
 
-    def write(beside: Path) -> None:
-        beside.touch()
-        mode = beside.stat().st_mode  # as any new file's; safetensors would shut out everybody but the owner
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
-        beside.chmod(mode)
-        _sort_metadata(beside)
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # of any new file; safetensors would let only the owner read it
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.chmod(mode)
+        _sort_metadata(temporary)
 
     write_atomic(Path(path), write)
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the header's metadata in order, which safetensors leaves to chance: the same tensors give the same bytes."""
+    """Sort the metadata in the header in place; safetensors writes it in a random order."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         if "__metadata__" in header:
             header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) != length:
-            raise RuntimeError(f"{path}: the header's length changed in sorting")
+        assert len(text) == length, "a longer header would overwrite the tensors"
         file.seek(8)
         file.write(text)

@@ -1,0 +1,131 @@
+"""JSON files into dataclasses: what is missing, unreadable or of a wrong type is named in one line."""
+
+import json
+import re
+from dataclasses import dataclass
+
+import pytest
+
+from model.align import ALIGN
+from model.clip import CLIP, CLIPTextEncoder
+from model.dino import DINO
+from model.files.config import check_heads, config_from, one_size, read_json, refuse
+from model.files.errors import CheckpointError
+from model.scheduler import Scheduler
+from model.unet import UNet
+from model.vae import VAE
+
+
+@dataclass(frozen=True)
+class Config:
+    width: int = 4
+    layers: tuple[int, ...] = (1, 2)
+    eps: float = 1e-5
+    heads: int | tuple[int, ...] = 2
+    act: str = "silu"
+    linear: bool = False
+
+    def __post_init__(self):
+        self.width % (self.heads if isinstance(self.heads, int) else self.heads[0])
+
+
+@dataclass(frozen=True)
+class Tower:
+    config: Config = Config()
+
+
+def refused(*parts):
+    return pytest.raises(CheckpointError, match=".*".join(re.escape(str(part)) for part in parts))
+
+
+def test_read_json(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"é": [1]}', encoding="utf-8")
+    assert read_json(path) == {"é": [1]}
+    for text in (b"", b"{", b"\xff", b"{'a': 1}"):
+        path.write_bytes(text)
+        with refused(path, "cannot be read as JSON"):
+            read_json(path)
+    for text, kind in (("[]", "list"), ("null", "NoneType"), ("3", "int")):
+        path.write_text(text)
+        with refused(path, kind):
+            read_json(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with refused(path, "git lfs pull"):
+        read_json(path)
+    path.unlink()
+    with refused(path, "is missing"):
+        read_json(path)
+    path.symlink_to(tmp_path / "blob")
+    with refused(path, "is a link to a missing file"):
+        read_json(path)
+
+
+def test_config_from():
+    assert config_from(Config, {}) == Config()
+    values = {"width": 8, "layers": [3], "eps": 1, "heads": [1, 2], "act": None, "linear": True, "_class_name": "X"}
+    before = dict(values)
+    assert config_from(Config, values) == Config(8, (3,), 1, (1, 2), "silu", True)
+    assert values == before
+    assert config_from(Tower, {"config": {"width": 6}}) == Tower(Config(6))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("width", value) for value in ("8", 8.0, True, [8])],
+        *[("layers", 3), ("layers", [1, "2"]), ("heads", {}), ("heads", [1.5])],
+        *[("eps", "1e-5"), ("act", 1), ("linear", 0)],
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, value):
+    with refused("Config", name, repr(value), Config.__dataclass_fields__[name].type):
+        config_from(Config, {name: value})
+
+
+def test_the_file_is_named(tmp_path):
+    for values in ({"config": {"heads": 0}}, {"config": {"heads": "x"}}):  # the dataclass fails, the type is wrong
+        with refused("FILE: "):
+            config_from(Tower, values, "FILE")
+
+
+@pytest.mark.parametrize("network", [UNet, VAE, CLIPTextEncoder, CLIP, DINO, ALIGN, Scheduler])
+def test_every_network_names_its_configuration(network, tmp_path):
+    """A base has several, one for each of its parts."""
+    values = {"hidden_size": "x", "block_out_channels": ["x"], "projection_dim": "x", "beta_start": "x"}
+    for name in ("config.json", "scheduler_config.json"):
+        (tmp_path / name).write_text(json.dumps(values), encoding="utf-8")
+    with refused(tmp_path, "should be"):
+        network.from_pretrained(tmp_path)
+
+
+def test_refuse(tmp_path):
+    fixed = {"act": "silu", "groups": None, "kinds": "A"}
+    for values in ({}, {"act": "silu", "kinds": ["A", "A"], "other": 1}, {"act": None, "groups": None}):
+        refuse(values, fixed, tmp_path)
+    for name, value in (("act", "gelu"), ("groups", 2), ("kinds", ["A", "B"]), ("kinds", "B")):
+        with refused(tmp_path, name, value):
+            refuse({name: value}, fixed, tmp_path)
+
+
+def test_one_size():
+    assert one_size("size", {"shortest_edge": 40}, "shortest_edge") == 40
+    keys, square = ("height", "width"), {"height": 40, "width": 40}
+    assert one_size("size", 40, *keys) == one_size("size", square, *keys) == 40
+    others = [{}, {"height": 40}, square | {"width": 41}, square | {"depth": 40}, {"height": "40", "width": "40"}]
+    for size in [*others, {"shortest_edge": 40}]:
+        with refused(f"crop_size {size}", "height and width"):
+            one_size("crop_size", size, *keys)
+
+
+def test_check_heads():
+    check_heads(8, 4)
+    for heads in (0, 3):
+        with refused(f"into {heads} heads"):
+            check_heads(8, heads)
+
+
+def test_sdxl_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"addition_embed_type": "text_time", "cross_attention_dim": 2048}))
+    with refused(tmp_path / "config.json", "SDXL, which is not supported"):
+        UNet.from_pretrained(tmp_path)
