@@ -1,8 +1,8 @@
-"""Text to token ids: CLIP's byte-level BPE and BERT's WordPiece, in the public checkpoints' vocabulary files.
+"""Text to token ids: CLIP's byte-level BPE and BERT's WordPiece, from the public checkpoints' vocabulary files.
 
 CLIP (Radford et al., 2021, arXiv 2103.00020; vocab.json + merges.txt) feeds the text towers of Stable Diffusion and of
 CLIP. BERT (Devlin et al., 2019, arXiv 1810.04805; vocab.txt) feeds ALIGN. The `tokenizers` library merges the pieces;
-this file says which rules it follows, and adds the first, the last and the padding token by hand.
+this file gives it the rules, and adds the first, the last and the padding token.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from torch import Tensor
 
 from model.files.config import read_json
-from model.files.errors import CheckpointError
+from model.files.errors import CheckpointError, error_context
 
-# How CLIP cuts a text into words: special tokens, English contractions, letters, single digits, everything else.
+# How CLIP splits a text into words: special tokens, English contractions, letters, single digits, everything else.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class _Tokenizer:
-    """What the two have in common: one token in front, one behind, padding to a fixed length."""
+    """The common part: one token in front, one behind, padding to a fixed length."""
 
     def __init__(self, cutter: Tokenizer, first: str, last: str, pad: str, length: int):
-        """`cutter` cuts a text; `first`, `last` and `pad` are tokens of its vocabulary; `length` counts ids."""
+        """`cutter` splits a text; `first`, `last` and `pad` are tokens of its vocabulary; `length` counts ids."""
         self.cutter, self.length = cutter, length
         self.first_id, self.last_id, self.pad_id = (cutter.token_to_id(token) for token in (first, last, pad))
 
@@ -38,18 +38,18 @@ class _Tokenizer:
             )
 
     def tokens(self, text: str) -> list[str]:
-        """How the text is cut, without first and last token, and not truncated."""
+        """The tokens of a text, without the first and the last one, and not truncated."""
         return self.cutter.encode(text, add_special_tokens=False).tokens
 
     def overflow(self, text: str) -> str:
-        """The end of the text that does not fit and is not seen by the model: "" if all of it fits."""
+        """The end of the text that does not fit, which the model does not see: "" if all of it fits."""
         offsets = self.cutter.encode(text, add_special_tokens=False).offsets
         room = self.length - 2
         return text[offsets[room][0] :] if len(offsets) > room else ""
 
     def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask (1 for a token, 0 for padding), both int64 (batch, length)."""
-        if isinstance(texts, str):  # it would be read letter by letter
+        if isinstance(texts, str):  # else it is read letter by letter
             raise TypeError(f"expected a list of texts, not the one text {texts!r}")
         ids = torch.full((len(texts), self.length), self.pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -70,18 +70,16 @@ class CLIPTokenizer(_Tokenizer):
     @classmethod
     def from_pretrained(cls, folder: Path) -> CLIPTokenizer:
         """Read vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes instead, and, if present,
-        the padding token and the length from tokenizer_config.json and special_tokens_map.json (which wins).
-        Raises CheckpointError if a file is missing or garbled."""
+        added tokens (such as those of textual inversion), the padding token and the length.
+        Raises CheckpointError if a file is missing or broken."""
         folder = Path(folder)
-        vocab, merges, described, source = _clip_vocabulary(folder)
+        vocab, merges = _clip_vocabulary(folder)
         settings = _settings(folder)
         names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-        special = [settings.get(name) or names[name] for name in names]
-        special = [described.get(entry, entry) if isinstance(entry, str) else entry for entry in special]
-        first, last, pad = special = [_added_token(entry) for entry in special]
-        _require(vocab, [token.content for token in special], source)
+        special = [_added_token(settings.get(name) or default, special=True) for name, default in names.items()]
+        first, last, pad = (token.content for token in special)
 
-        rules = {"end_of_word_suffix": "</w>", "continuing_subword_prefix": "", "unk_token": last.content}
+        rules = {"end_of_word_suffix": "</w>", "continuing_subword_prefix": "", "unk_token": last}
         try:
             cutter = Tokenizer(models.BPE(vocab, merges, **rules))
         except Exception as error:  # the library raises a bare Exception
@@ -89,14 +87,10 @@ class CLIPTokenizer(_Tokenizer):
         cutter.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
-        cutter.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        cutter.add_special_tokens(special)
-        return cls(cutter, first.content, last.content, pad.content, _length(settings, 77))
+        words = pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True)
+        cutter.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        _add_tokens(cutter, special, folder, settings)
+        return cls(cutter, first, last, pad, _length(settings, 77))
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Ids, int64 (batch, length), truncated and padded; the last token of a truncated text stays the end token."""
@@ -108,23 +102,23 @@ class BertTokenizer(_Tokenizer):
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> BertTokenizer:
-        """Read vocab.txt (the line number is the id) and, if present, the length and the cleaning's switches from
-        tokenizer_config.json. Raises CheckpointError if a file is missing or garbled."""
+        """Read vocab.txt (the line number is the id) and, if present, tokenizer_config.json.
+        Raises CheckpointError if a file is missing or broken."""
         folder = Path(folder)
         vocab = {token: index for index, token in enumerate(_lines(folder / "vocab.txt"))}
-        _require(vocab, ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], folder / "vocab.txt")
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        _require(special, vocab, folder)
         settings = _settings(folder)
 
         cutter = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
         cutter.normalizer = normalizers.BertNormalizer(
             clean_text=True,
-            handle_chinese_chars=_switch(settings, "tokenize_chinese_chars", True),
-            strip_accents=_switch(settings, "strip_accents", None),  # None: as the lower-casing
-            lowercase=_switch(settings, "do_lower_case", True),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+            strip_accents=settings.get("strip_accents"),  # None: only with lower-casing
+            lowercase=settings.get("do_lower_case", True),
         )
         cutter.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        special = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in vocab]
-        cutter.add_special_tokens([_added_token(token) for token in special])
+        cutter.add_special_tokens([_added_token(token, special=True) for token in special])
         return cls(cutter, "[CLS]", "[SEP]", "[PAD]", _length(settings, 64))
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -134,68 +128,70 @@ class BertTokenizer(_Tokenizer):
 
 def _lines(path: Path) -> list[str]:
     """A text file's lines. Not `splitlines`: a vocabulary may hold Unicode's own line separators."""
-    try:
+    with error_context(f"{path} cannot be read as text"):
         return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: is {path.parent} a complete checkpoint folder?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as text: {error}") from None
 
 
-def _clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, dict], Path]:
-    """Tokens and their ids; the pairs to merge, best first; the objects by which tokenizer.json describes special
-    tokens, by their texts; the file that holds the tokens."""
-    vocab_file, merges_file, added = folder / "vocab.json", folder / "merges.txt", []
-    if vocab_file.is_file() or not (folder / "tokenizer.json").is_file():
-        vocab = read_json(vocab_file)
-        merges = [line for line in _lines(merges_file) if line and not line.startswith("#version")]
+def _clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens and their ids; the pairs to merge, best first."""
+    path = folder / "tokenizer.json"
+    if path.is_file() and not (folder / "vocab.json").is_file():
+        with error_context(f"{path} is no CLIP tokenizer"):
+            model = read_json(path)["model"]
+            vocab, merges = model["vocab"], model["merges"]
     else:
-        vocab_file = merges_file = folder / "tokenizer.json"
-        content = read_json(vocab_file)
-        model, added = content.get("model"), content.get("added_tokens")
-        vocab, merges = (model.get(part) if isinstance(model, dict) else None for part in ("vocab", "merges"))
-    if not isinstance(vocab, dict) or not all(isinstance(index, int) for index in vocab.values()):
-        raise CheckpointError(f"{vocab_file} should map tokens to whole numbers")
-    if not isinstance(merges, list) or not all(isinstance(merge, (str, list)) for merge in merges):
-        raise CheckpointError(f"{merges_file} should hold a list of merges")
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    if bad := [" ".join(map(str, pair)) for pair in pairs if [*map(type, pair)] != [str, str]]:
-        raise CheckpointError(f"{merges_file} should hold two symbols a line, not {bad[0][:40]!r}")
-    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
-    described = {entry["content"]: entry for entry in entries if isinstance(entry.get("content"), str)}
-    return vocab, pairs, described, vocab_file
+        vocab = read_json(folder / "vocab.json")
+        merges = [line for line in _lines(folder / "merges.txt") if line and not line.startswith("#version")]
+    return vocab, [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
 
 
 def _settings(folder: Path) -> dict:
-    """What the folder's optional files say about the tokenizer, the later file over the earlier."""
-    files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
-    return {name: value for path in files if path.is_file() for name, value in read_json(path).items()}
+    """tokenizer_config.json and, over it, special_tokens_map.json, unless the former describes the added tokens."""
+    settings = _optional_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= _optional_json(folder / "special_tokens_map.json")
+    return settings
 
 
-def _added_token(entry: str | dict) -> AddedToken:
-    """A special token, named by its text or described by an object. `normalized`: found whatever its case."""
-    entry = {"content": entry} if isinstance(entry, str) else entry
-    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-        raise CheckpointError(f"a special token should be a text or an object with one, not {entry!r}")
-    return AddedToken(entry["content"], normalized=entry.get("normalized") is True, special=True)
+def _optional_json(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
 
 
-def _require(vocab: dict[str, int], tokens: list[str], path: Path) -> None:
+def _add_tokens(cutter: Tokenizer, special: list[AddedToken], folder: Path, settings: dict) -> None:
+    """Add the tokens that are not in the vocabulary, such as <cat-toy>, and mark the special ones.
+
+    transformers 4 writes them into added_tokens.json and into tokenizer_config.json, 5 into tokenizer.json.
+    """
+    entries = settings.get("added_tokens_decoder")
+    if entries is None:
+        entries = {index: token for token, index in _optional_json(folder / "added_tokens.json").items()}
+        described = _optional_json(folder / "tokenizer.json").get("added_tokens", [])
+        entries |= {entry["id"]: entry for entry in described}
+    names = [token.content for token in special]
+    added = {int(index): _added_token(entry, special=entry in names) for index, entry in entries.items()}
+    for index, token in sorted(added.items()):
+        cutter.add_tokens([token])
+        if (found := cutter.token_to_id(token.content)) != index:
+            raise CheckpointError(f"{folder}: the added token {token.content} has the id {index}, should be {found}")
+    _require(names, cutter.get_vocab(), folder)
+    known = {token.content for token in added.values()}  # adding them again would replace their flags
+    cutter.add_special_tokens([token for token in special if token.content not in known])
+
+
+def _added_token(entry: str | dict, special: bool) -> AddedToken:
+    """A token given by its text or by an object. `normalized`: it is searched in the lower-cased text."""
+    if isinstance(entry, str):
+        return AddedToken(entry, normalized=not special)
+    flags = {name: entry[name] for name in ("lstrip", "rstrip", "single_word") if name in entry}
+    return AddedToken(entry["content"], normalized=entry.get("normalized", not special), **flags)
+
+
+def _require(tokens: list[str], vocab: dict[str, int], folder: Path) -> None:
     if missing := [token for token in tokens if token not in vocab]:
-        raise CheckpointError(f"{path} lacks {', '.join(dict.fromkeys(missing))}")
-
-
-def _switch(settings: dict, name: str, default: bool | None) -> bool | None:
-    if not isinstance(value := settings.get(name), bool | None):
-        raise CheckpointError(f"tokenizer_config.json: {name} should be true or false, not {value!r}")
-    return default if value is None else value
+        raise CheckpointError(f"the vocabulary in {folder} lacks {', '.join(dict.fromkeys(missing))}")
 
 
 def _length(settings: dict, default: int) -> int:
-    """`model_max_length`; transformers writes an astronomical number where nobody set it."""
+    """`model_max_length`; transformers writes 1e30 where nobody set it."""
     length = settings.get("model_max_length") or default
-    if not (isinstance(length, (int, float)) and length >= 3):  # NaN is none either
-        raise CheckpointError(
-            f"tokenizer_config.json: model_max_length should be a whole number above 2, not {length!r}"
-        )
     return default if length > 1_000_000 else int(length)
