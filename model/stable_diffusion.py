@@ -21,9 +21,10 @@ from torch import Tensor
 from model.clip import CLIPTextConfig, CLIPTextEncoder
 from model.files.config import config_from, read_json
 from model.files.errors import CheckpointError
+from model.files.lora_file import is_lora
 from model.files.single_file import check_channels, read_single_file, refuse_pickle
 from model.files.tensors import build, load_tensors, read_tensors
-from model.lora import is_lora, load_lora, remove_lora
+from model.lora import load_lora, remove_lora
 from model.scheduler import Scheduler, SchedulerConfig, randn
 from model.tokenizer import CLIPTokenizer
 from model.unet import UNet, UNetConfig
