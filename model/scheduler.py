@@ -1,7 +1,7 @@
-"""The noise schedule of Stable Diffusion: β, q(x_t|x_0), ε and v, and three samplers that walk back from noise to x_0.
+"""The noise schedule of Stable Diffusion: β, q(x_t|x_0), ε and v, and three samplers from noise to x_0.
 
-Owns everything that knows ᾱ_t, and no network: a sampler is given `denoise(x_t, t) -> prediction`. One noise level is a
-number ᾱ in (0, 1]; x = √ᾱ x_0 + √(1-ᾱ) ε. Reads the public scheduler/scheduler_config.json.
+Everything that knows ᾱ_t is here, and no network: a sampler is given `denoise(x_t, t) -> prediction`. A noise level is
+a number ᾱ in (0, 1]; x = √ᾱ x_0 + √(1-ᾱ) ε. Reads the public scheduler/scheduler_config.json.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")
 class SchedulerConfig:
     """The fields of scheduler_config.json that change a number; the defaults are Stable Diffusion 1.x's.
 
-    `clip_sample` is not among them, on purpose: it clips x_0 to [-1, 1], which suits pixels but not latents, which
-    reach ±4. Early 1.x files lack the key, and its usual default is true. Here it is always off.
-    `timestep_spacing` None means the sampler's own habit: "linspace" for dpm++, "leading" for ddpm and ddim.
+    `clip_sample` is left out on purpose: it clips x_0 to [-1, 1], but latents reach ±4. Early 1.x files lack the key,
+    and diffusers' default is true. Here it is always off.
+    `timestep_spacing` None means the sampler's own default: "linspace" for dpm++, "leading" for ddpm and ddim.
     Raises CheckpointError for a value that is not supported.
     """
 
@@ -38,38 +38,25 @@ class SchedulerConfig:
     set_alpha_to_one: bool = False
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None
-    # Known only to be refused: each would change the pictures without a word.
-    trained_betas: tuple[float, ...] | None = None
     rescale_betas_zero_snr: bool = False
-    thresholding: bool = False
 
     def __post_init__(self):
-        allowed = {
+        supported = {
             "beta_schedule": ("scaled_linear",),
             "prediction_type": ("epsilon", "v_prediction"),
-            "timestep_spacing": (None, "leading", "trailing", "linspace"),
-            "trained_betas": (None,),
             "rescale_betas_zero_snr": (False,),
-            "thresholding": (False,),
         }
-        for name, values in allowed.items():
+        for name, values in supported.items():
             if (value := getattr(self, name)) not in values:
-                expected = " or ".join(repr(value) for value in values)
+                expected = " or ".join(map(repr, values))
                 raise CheckpointError(f"scheduler config: {name} is {value!r}, supported: {expected}")
-        if not (0 < self.beta_start < 1 and 0 < self.beta_end < 1):
-            betas = f"beta_start is {self.beta_start} and beta_end {self.beta_end}"
-            raise CheckpointError(f"scheduler config: {betas}; they should lie between 0 and 1")
-        for name, least in {"num_train_timesteps": 1, "steps_offset": 0}.items():
-            if (value := getattr(self, name)) < least:
-                raise CheckpointError(f"scheduler config: {name} is {value} and should be at least {least}")
 
 
 class Scheduler:
     """ᾱ_t for t = 0 .. num_train_timesteps - 1, and what follows from it.
 
-    Wherever a method takes `t` it is an int, a 0-d tensor or a (B,) int64 tensor, one for each sample. The coefficients
-    are fp32 whatever the samples are. `alphas_cumprod` (T,) stays on the CPU and is moved when used. Raises
-    CheckpointError if some ᾱ_t is 0 or 1 in fp32: no sampler could divide by it, or by 1-ᾱ_t.
+    Every `t` is an int, a 0-d tensor or a (B,) int64 tensor, one for each sample. The coefficients are fp32 for samples
+    of any precision. `alphas_cumprod` (T,) stays on the CPU and is moved when used.
     """
 
     def __init__(self, config: SchedulerConfig = SchedulerConfig()):
@@ -77,18 +64,16 @@ class Scheduler:
         start, end, count = config.beta_start, config.beta_end, config.num_train_timesteps
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32, device="cpu") ** 2  # √β is linear
         self.alphas_cumprod = (1 - betas).cumprod(0)
-        if not 0 < self.alphas_cumprod[-1] <= self.alphas_cumprod[0] < 1:  # as rounded to fp32
-            raise CheckpointError(f"scheduler config: betas from {start} to {end} leave some x_t no signal or no noise")
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Scheduler:
-        """Read folder/scheduler_config.json. Raises CheckpointError if it is missing or asks for what we lack."""
+        """Read folder/scheduler_config.json. Raises CheckpointError if it is missing or not supported."""
         path = Path(folder) / "scheduler_config.json"
         return cls(config_from(SchedulerConfig, read_json(path), path))
 
     def _signal_and_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1-ᾱ_t) on `like`'s device, shaped (B or 1, 1, ...) to multiply it."""
-        if isinstance(t, int):  # without waiting for the GPU
+        if isinstance(t, int):  # a number on the host: no wait for the GPU
             a = self.alphas_cumprod[t].to(like.device, non_blocking=True)
         else:
             a = self.alphas_cumprod.to(like.device)[t.to(like.device)]
@@ -121,14 +106,14 @@ class Scheduler:
         return signal * x_t - noise * prediction, signal * prediction + noise * x_t
 
     def timesteps(self, steps: int, sampler: str = "dpm++") -> list[int]:
-        """The t at which the network is asked, from noisy to clean, strictly falling.
+        """The t at which the network is called, from noisy to clean, strictly falling.
 
-        leading    multiples of T // steps, plus `steps_offset`: what DDPM and DDIM use in the SD releases.
+        leading    multiples of T // steps, plus `steps_offset`: DDPM and DDIM in the SD releases.
         trailing   T, T - T/steps, ..., minus 1: starts at the noisiest t.
         linspace   evenly from T-1 down to 0.
         dpm++ lays leading and linspace with one point more and drops the cleanest: its last step goes to x_0 itself.
-        With T steps that leaves it T - 1.
-        (Spacings as named in table 2 of arXiv 2305.08891.) Raises ValueError unless 1 <= steps <= T.
+        For steps = T it therefore takes T - 1.
+        (Names as in table 2 of arXiv 2305.08891.) Raises ValueError unless 1 <= steps <= T.
         """
         count = self.config.num_train_timesteps
         if sampler not in SAMPLERS:
@@ -138,11 +123,11 @@ class Scheduler:
         spacing = self.config.timestep_spacing or ("linspace" if sampler == "dpm++" else "leading")
         if spacing == "trailing":
             return [round((steps - i) * count / steps) - 1 for i in range(steps)]
-        # There is no 1001st timestep: with 1,000 steps dpm++ takes 999, where a doubled t would divide by zero.
+        # For steps = T, dpm++ would need T + 1 different t.
         points = min(steps + 1, count) if sampler == "dpm++" else steps
         if spacing == "leading":
             stride = count // points
-            # With 1,000 steps the list is 999 .. 0 already: an offset would ask for t = 1000, which does not exist.
+            # For steps = T the list is T-1 .. 0 already: an offset would give t = T, which does not exist.
             offset = min(self.config.steps_offset, count - 1 - (points - 1) * stride)
             times = [i * stride + offset for i in range(points)]
         else:
@@ -159,34 +144,23 @@ class Scheduler:
         sampler: str = "dpm++",
         generators: Sequence[torch.Generator] | None = None,
     ) -> Tensor:
-        """Walk from noise to data: `latents` (B, ...) ~ N(0, I), fp32, become x_0, in the same shape.
+        """From noise to data: `latents` (B, ...) ~ N(0, I), fp32, become x_0, in the same shape.
 
-        denoise      (x_t, t) -> prediction; t a 0-d int64 tensor on the latents' device. Guidance, if any, is denoise's
-                     business.
+        denoise      (x_t, t) -> prediction, guidance included; t a 0-d int64 tensor on the latents' device.
         sampler      "ddpm" (`ddpm_step`), "ddim" (`ddim_step`) or "dpm++" (`dpm_step`).
-        generators   one for each image; for ddpm, which alone draws noise. Each image's noise comes from its own
-                     generator, so a picture does not depend on the batch it was drawn in.
+        generators   one for each image, for ddpm, which alone draws noise. An image does not depend on its batch.
 
-        Raises ValueError for an unknown sampler, for steps out of range and for missing generators.
+        Raises ValueError for an unknown sampler, steps out of range or missing generators.
         """
-        times = self.timesteps(steps, sampler)
         if sampler == "ddpm" and len(generators or ()) != len(latents):
             raise ValueError(f"ddpm draws noise: give one generator for each of the {len(latents)} images")
-        # A step goes to the level of the next t; DDIM in the SD releases to that of t - T // steps, next or not.
-        alphas, stride = self.alphas_cumprod.tolist(), self.config.num_train_timesteps // steps
-        after = [t - stride for t in times] if sampler == "ddim" else [*times[1:], -1]
-        # The level after the last step is clean. DDIM in the SD releases stops at ᾱ_0 instead (set_alpha_to_one false).
-        clean = alphas[0] if sampler == "ddim" and not self.config.set_alpha_to_one else 1.0
-
-        x, asked = latents, torch.tensor(times, device=latents.device)
-        before = None  # x_0 and ᾱ of the step before, for dpm++
-        for i, t in enumerate(times):
-            prediction = denoise(x, asked[i])
-            x_0, eps = self.to_x0_eps(prediction, x, t)
-            a_t, a_s = alphas[t], alphas[after[i]] if after[i] >= 0 else clean
+        x, before = latents, None  # before: x_0 and ᾱ of the previous step, for dpm++
+        levels = self._levels(steps, sampler)
+        times = torch.tensor([t for t, _, _ in levels], device=x.device)  # one copy to the GPU, not one a step
+        for (t, a_t, a_s), t_there in zip(levels, times, strict=True):
+            x_0, eps = self.to_x0_eps(denoise(x, t_there), x, t)
             if sampler == "ddpm":
-                z = randn(x.shape[1:], generators, x.device)
-                x = ddpm_step(x, x_0, a_t, a_s, z)
+                x = ddpm_step(x, x_0, a_t, a_s, randn(x.shape[1:], generators, x.device))
             elif sampler == "ddim":
                 x = ddim_step(x_0, eps, a_s)
             else:
@@ -194,11 +168,21 @@ class Scheduler:
                 before = x_0, a_t
         return x
 
+    def _levels(self, steps: int, sampler: str) -> list[tuple[int, float, float]]:
+        """For each step: t, its ᾱ_t, and the ᾱ_s that the step goes to."""
+        times, alphas = self.timesteps(steps, sampler), self.alphas_cumprod.tolist()
+        after, clean = [*times[1:], -1], 1.0  # -1: clean data
+        if sampler == "ddim":  # in the SD releases a step goes to t - T // steps, and the last one to ᾱ_0
+            stride = self.config.num_train_timesteps // steps
+            after = [t - stride for t in times]
+            clean = 1.0 if self.config.set_alpha_to_one else alphas[0]
+        return [(t, alphas[t], alphas[s] if s >= 0 else clean) for t, s in zip(times, after, strict=True)]
+
 
 def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device) -> Tensor:
-    """Standard normal noise (B, *shape), fp32, on `device`: row i from generators[i], drawn where that generator lives.
+    """Standard normal noise (B, *shape), fp32, on `device`: row i from generators[i], drawn on that generator's device.
 
-    With CPU generators a seed gives the same noise, hence the same picture, on every machine.
+    With CPU generators a seed gives the same noise, so the same image, on every machine.
     """
     rows = [torch.randn(*shape, generator=generator, device=generator.device) for generator in generators]
     return torch.stack(rows).to(device)
@@ -207,7 +191,7 @@ def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device) -
 def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_s: float, z: Tensor) -> Tensor:
     """One ancestral step from ᾱ_t to the cleaner ᾱ_s: a draw from q(x_s|x_t, x_0) (DDPM, arXiv 2006.11239, eq. 6-7).
 
-    With α = ᾱ_t/ᾱ_s and β = 1-α (a step may leap over many t), and z ~ N(0, I):
+    With α = ᾱ_t/ᾱ_s and β = 1-α (a step may skip many t), and z ~ N(0, I):
     x_s = √ᾱ_s β/(1-ᾱ_t) x_0 + √α (1-ᾱ_s)/(1-ᾱ_t) x_t + σ z,   σ² = β (1-ᾱ_s)/(1-ᾱ_t)   ("fixed small" variance).
     The last step, to ᾱ_s = 1, has σ = 0.
     """
@@ -226,11 +210,11 @@ def ddim_step(x_0: Tensor, eps: Tensor, a_s: float) -> Tensor:
 
 
 def dpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_s: float, before: tuple[Tensor, float] | None) -> Tensor:
-    """One step of DPM-Solver++(2M) from ᾱ_t to ᾱ_s (arXiv 2211.01095, algorithm 2); `before`: (x_0, ᾱ) a step ago.
+    """One step of DPM-Solver++(2M) from ᾱ_t to ᾱ_s (arXiv 2211.01095, algorithm 2).
 
-    With λ = log √(ᾱ/(1-ᾱ)), h = λ_s - λ_t and r = (λ_t - λ_before) / h:
+    `before` is (x_0, ᾱ) of the previous step. With λ = log √(ᾱ/(1-ᾱ)), h = λ_s - λ_t and r = (λ_t - λ_before) / h:
     D = x_0 + (x_0 - x_0,before) / 2r,   x_s = √((1-ᾱ_s)/(1-ᾱ_t)) x_t - √ᾱ_s (e^-h - 1) D.
-    The first step has no past, and the last ends at λ = ∞, where x_s = D: both are of first order, D = x_0.
+    The first step has no previous one, and the last ends at λ = ∞, where x_s = D: both are of first order, D = x_0.
     """
     h = _log_snr(a_s) - _log_snr(a_t)
     d = x_0

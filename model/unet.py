@@ -22,62 +22,46 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.files.config import config_from, read_json, refuse
+from model.files.config import config_from, read_json
 from model.files.errors import CheckpointError
 from model.files.tensors import load
 
 RESNET_EPS = 1e-5  # GroupNorm of the resnets and before conv_out
-TRANSFORMER_EPS = 1e-6  # GroupNorm at a transformer's entrance
+TRANSFORMER_EPS = 1e-6  # GroupNorm at the start of a transformer
 
-DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # does the block read the prompt?
-UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+# The kinds of blocks; True: they read the prompt.
+BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
-# What later diffusers U-Nets may set otherwise. SD 1.x and 2.x have these values, leave them out, or say null.
-FIXED = {
-    **dict.fromkeys(("addition_embed_type", "class_embed_type", "cross_attention_norm", "encoder_hid_dim")),
-    **dict.fromkeys(("encoder_hid_dim_type", "num_attention_heads", "num_class_embeds", "time_cond_proj_dim")),
-    **dict.fromkeys(("time_embedding_act_fn", "time_embedding_dim", "timestep_post_act")),
-    **dict.fromkeys(("center_input_sample", "dual_cross_attention", "only_cross_attention"), False),
-    **dict.fromkeys(("mid_block_only_cross_attention", "resnet_skip_time_act"), False),
-    **dict.fromkeys(("downsample_padding", "mid_block_scale_factor", "resnet_out_scale_factor"), 1),
-    **{"act_fn": "silu", "attention_type": "default", "conv_in_kernel": 3, "conv_out_kernel": 3, "dropout": 0},
-    **{"flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": RESNET_EPS},
-    **{"resnet_time_scale_shift": "default", "time_embedding_type": "positional", "transformer_layers_per_block": 1},
+# Fields of config.json that only other public U-Nets set.
+OTHER_MODELS = {
+    "addition_embed_type": "SDXL",
+    "class_embed_type": "unCLIP",
+    "num_class_embeds": "an upscaler",
+    "time_cond_proj_dim": "a latent consistency model",
 }
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The fields of the public unet/config.json that size the network. Raises CheckpointError if they clash."""
+    """The fields of the public unet/config.json that size the network. Raises CheckpointError for unknown blocks."""
 
     in_channels: int = 4
     out_channels: int = 4
-    sample_size: int = 64  # the default image's side / 8; changes no number here
+    sample_size: int = 64  # side of the latents in training: the default image size / 8
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: int = 2
     cross_attention_dim: int = 768
-    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads, whatever its name says
+    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads, despite its name
     use_linear_projection: bool = False
     norm_num_groups: int = 32
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
-        problems = []
-        for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            if len(types := getattr(self, name)) != levels:
-                problems.append(f"{name} should name {levels} blocks, as block_out_channels does")
-            elif unknown := set(types) - known.keys():
-                problems.append(f"{name} holds {', '.join(sorted(unknown))}; known are {', '.join(known)}")
-        if len(self.heads) != levels:
-            problems.append(f"attention_head_dim should be one number or {levels}")
-        elif any(width % heads for width, heads in zip(self.block_out_channels, self.heads, strict=True)):
-            problems.append(f"block_out_channels do not divide into {self.heads} heads (attention_head_dim)")
-        if any(width % self.norm_num_groups for width in self.block_out_channels):
-            problems.append(f"block_out_channels do not divide into norm_num_groups = {self.norm_num_groups}")
-        if problems:
-            raise CheckpointError(f"U-Net configuration: {'; '.join(problems)}")
+        if unknown := {*self.down_block_types, *self.up_block_types} - BLOCKS.keys():
+            raise CheckpointError(
+                f"U-Net blocks {', '.join(sorted(unknown))} are not supported, only {', '.join(BLOCKS)}"
+            )
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -87,7 +71,7 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """Predicts the noise ε, or the velocity v, whichever the base model was trained to predict."""
+    """Predicts what the base model was trained to predict: the noise ε or the velocity v."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -98,12 +82,11 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
 
         self.down_blocks = nn.ModuleList()
-        channels, skips = widths[0], [widths[0]]  # of the map at hand, of every map kept
+        channels, skips = widths[0], [widths[0]]  # of the current map, of every map kept for a skip connection
         for i, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
             inputs = [channels] + [width] * (config.layers_per_block - 1)
-            attends, downsample = DOWN_BLOCKS[kind], i < last
-            self.down_blocks.append(DownBlock(config, inputs, width, heads[i], attends, downsample))
-            skips += [width] * (config.layers_per_block + downsample)
+            self.down_blocks.append(DownBlock(config, inputs, width, heads[i], BLOCKS[kind], downsample=i < last))
+            skips += [width] * (config.layers_per_block + (i < last))
             channels = width
 
         self.mid_block = MidBlock(config, channels, heads[-1])
@@ -111,8 +94,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, (width, kind) in enumerate(zip(widths[::-1], config.up_block_types, strict=True)):
             inputs = [below + skips.pop() for below in [channels] + [width] * config.layers_per_block]
-            attends, upsample = UP_BLOCKS[kind], i < last
-            self.up_blocks.append(UpBlock(config, inputs, width, heads[last - i], attends, upsample))
+            self.up_blocks.append(UpBlock(config, inputs, width, heads[last - i], BLOCKS[kind], upsample=i < last))
             channels = width
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], RESNET_EPS)
@@ -122,22 +104,23 @@ class UNet(nn.Module):
     def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> UNet:
         """The U-Net of a checkpoint's `unet` folder, frozen, on the CPU; `variant`: as for `find_weights`.
 
-        Raises CheckpointError if config.json asks for what SD 1.x and 2.x do not have, or if a tensor does not fit.
+        Raises CheckpointError if config.json is another kind of model's, or if a tensor does not fit.
         """
         path = Path(folder) / "config.json"
         values = read_json(path)
-        if values.get("addition_embed_type") == "text_time":
-            raise CheckpointError(f"{path} is of SDXL, which is not supported (addition_embed_type = 'text_time')")
-        refuse(values, FIXED, path)
+        for field, model in OTHER_MODELS.items():
+            if values.get(field) is not None:
+                raise CheckpointError(f"{path} is of {model}, which is not supported ({field} = {values[field]!r})")
         return load(cls, config_from(UNetConfig, values, path), folder, dtype, variant=variant)
 
     def checkpoint_gradients(self) -> None:
-        """From now on keep only the inputs of resnets and transformers for backward(), which computes the rest again.
+        """Keep only the inputs of resnets and transformers for backward(), which then computes the rest again.
 
-        The same gradients for a third more work (arXiv 1604.06174). A copy made afterwards would run this one's layers.
+        The gradients stay the same, for a third more work (arXiv 1604.06174). A deepcopy made afterwards would run
+        this network's layers.
         """
         for layer in self.modules():
-            if isinstance(layer, (ResNet, Transformer)):  # without dropout there is no random state to restore
+            if isinstance(layer, (ResNet, Transformer)):  # no dropout, so no random state to restore
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, latents: Tensor, timestep: int | Tensor, context: Tensor) -> Tensor:
@@ -147,7 +130,7 @@ class UNet(nn.Module):
         context (B, T, cross_attention_dim), the encoded prompt -> ε or v (B, 4, H, W).
         """
         t = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
-        t = F.silu(self.time_embedding(t))  # every resnet begins with this SiLU
+        t = F.silu(self.time_embedding(t))  # the first step of every resnet's time_emb_proj
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:
@@ -155,26 +138,24 @@ class UNet(nn.Module):
             skips += kept
         x = self.mid_block(x, t, context)
         for block in self.up_blocks:
-            layers = len(block.resnets)
-            skips, taken = skips[:-layers], skips[-layers:]
-            size = skips[-1].shape[2:] if skips else None
-            x = block(x, taken, t, context, size)
+            taken = [skips.pop() for _ in block.resnets]
+            x = block(x, taken, t, context, size=skips[-1].shape[2:] if skips else None)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class DownBlock(nn.Module):
-    """A level on the way down: resnets, each with a transformer if the level attends, then half the size."""
+    """A level on the way down: resnets, each with a transformer if the level reads the prompt, then half the size."""
 
     def __init__(self, config: UNetConfig, inputs: list[int], width: int, heads: int, attends: bool, downsample: bool):
         super().__init__()
         self.resnets = nn.ModuleList(ResNet(config, channels, width) for channels in inputs)
         self.attentions = nn.ModuleList(Transformer(config, width, heads) for _ in inputs if attends)
-        self.downsamplers = nn.ModuleList([Downsample(width)] if downsample else [])
+        self.downsamplers = nn.ModuleList([_conv(width, stride=2)] if downsample else [])
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """x (B, C_in, H, W), t (B, 4·C_0), context (B, T, D) -> (B, C, H/2, W/2), and every layer's output to keep.
+        """x (B, C_in, H, W), t (B, 4·C_0), context (B, T, D) -> (B, C, H/2, W/2), and every layer's output.
 
-        H/2 and W/2 are rounded up; the last level does not halve.
+        H/2 and W/2 are rounded up; the last level keeps the size.
         """
         kept = []
         for i, resnet in enumerate(self.resnets):
@@ -183,7 +164,7 @@ class DownBlock(nn.Module):
                 x = self.attentions[i](x, context)
             kept.append(x)
         for downsample in self.downsamplers:
-            x = downsample(x)
+            x = downsample["conv"](x)
             kept.append(x)
         return x, kept
 
@@ -200,25 +181,30 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A level on the way up: each layer takes back what its twin on the way down kept, then twice the size."""
+    """A level on the way up: each resnet also reads a map kept on the way down; then twice the size."""
 
     def __init__(self, config: UNetConfig, inputs: list[int], width: int, heads: int, attends: bool, upsample: bool):
         super().__init__()
         self.resnets = nn.ModuleList(ResNet(config, channels, width) for channels in inputs)
         self.attentions = nn.ModuleList(Transformer(config, width, heads) for _ in inputs if attends)
-        self.upsamplers = nn.ModuleList([Upsample(width)] if upsample else [])
+        self.upsamplers = nn.ModuleList([_conv(width)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], t: Tensor, context: Tensor, size: torch.Size | None) -> Tensor:
-        """x (B, C_in, H, W); skips: one (B, C_i, H, W) a resnet, taken from the last; t (B, 4·C_0);
-        context (B, T, D); size: (height, width) of the map above, None at the top -> (B, C, *size), or (B, C, H, W).
+        """x (B, C_in, H, W); skips: a (B, C_i, H, W) for each resnet; t (B, 4·C_0); context (B, T, D);
+        size: (height, width) of the level above, which is odd where halving rounded up; None at the top
+        -> (B, C, *size), or (B, C, H, W) at the top.
         """
-        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = resnet(torch.cat([x, skip], dim=1), t)
             if self.attentions:
                 x = self.attentions[i](x, context)
         for upsample in self.upsamplers:
-            x = upsample(x, size)
+            x = upsample["conv"](F.interpolate(x, size=size, mode="nearest"))
         return x
+
+
+def _conv(width: int, stride: int = 1) -> nn.ModuleDict:
+    return nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride, padding=1)})
 
 
 class ResNet(nn.Module):
@@ -239,7 +225,7 @@ class ResNet(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The map's positions as tokens: they look at each other, then at the prompt."""
+    """Self-attention between the positions of the map, then cross-attention to the prompt."""
 
     def __init__(self, config: UNetConfig, width: int, heads: int):
         super().__init__()
@@ -270,14 +256,15 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, context_width, heads)
         self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
+        feed_forward = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.ff = nn.ModuleDict({"net": feed_forward})
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B, N, C), context (B, T, D) -> (B, N, C)."""
         normed = self.norm1(x)
         x = x + self.attn1(normed, normed)
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff["net"](self.norm3(x))
 
 
 class Attention(nn.Module):
@@ -297,16 +284,6 @@ class Attention(nn.Module):
         return self.to_out[0](rearrange(attended, "b h n d -> b n (h d)"))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> the same."""
-        return self.net[2](self.net[0](x))
-
-
 class GEGLU(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -319,37 +296,18 @@ class GEGLU(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """A timestep as sines of many wavelengths, then two layers."""
+    """A timestep as cosines and sines of many wavelengths, then two layers."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
+        self.half = width // 2
         self.linear_1 = nn.Linear(width, hidden)
         self.linear_2 = nn.Linear(hidden, hidden)
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) in 0..999 -> (B, hidden)."""
-        half = self.linear_1.in_features // 2
-        frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
-        angles = t[:, None].float() * frequencies  # float32 always: bf16 cannot tell 998 from 999
+        exponents = torch.arange(self.half, device=t.device, dtype=torch.float32)
+        frequencies = torch.exp(-math.log(10_000) / self.half * exponents)
+        angles = t[:, None].float() * frequencies  # float32 always: bf16 rounds 999 to 1000
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.linear_2(F.silu(self.linear_1(waves.to(self.linear_1.weight.dtype))))
-
-
-class Downsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H/2, W/2), rounded up."""
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        """(B, C, H, W) -> (B, C, *size): the skip connection's, which is odd where halving rounded up."""
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.linear_2(F.silu(self.linear_1(waves.to(next(self.parameters()).dtype))))

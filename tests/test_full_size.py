@@ -232,7 +232,7 @@ def test_the_defaults_are_the_published_ones():
     assert VAEConfig() == config_from(VAEConfig, AUTOENCODER)
     assert DINOConfig() == config_from(DINOConfig, VIT)
     assert CLIPConfig() == config_from(CLIPConfig, {"projection_dim": 512, "vision_config": {"patch_size": 32}})
-    assert ALIGNConfig() == ALIGNConfig.from_json({"vision_config": EFFICIENTNET, "projection_dim": 640})
+    assert ALIGNConfig() == config_from(ALIGNConfig, {"vision_config": EFFICIENTNET, "projection_dim": 640})
 
 
 MEASURE = """

@@ -312,9 +312,7 @@ def test_incomplete_base_is_one_line(run, base, tmp_path, tmp_path_factory, caps
 @pytest.mark.parametrize(
     ("file", "change"),
     [
-        *[("scheduler/scheduler_config.json", {"num_train_timesteps": value}) for value in (0, -1)],
-        *[("scheduler/scheduler_config.json", {name: 1.5}) for name in ("beta_start", "beta_end")],
-        *[("vae/config.json", {"scaling_factor": value}) for value in (0, -0.2, float("inf"), float("nan"))],
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 78}),
     ],
     ids=str,

@@ -67,7 +67,7 @@ def write_base(folder: Path, prediction_type: str = "epsilon") -> Path:
     pictures = networks.PREPROCESSORS["align"] | {"size": size, "crop_size": size}
     denoiser = unet.UNet(config_from(unet.UNetConfig, UNET))
     encoder = clip.CLIPTextEncoder(config_from(clip.CLIPTextConfig, text))
-    eyes = align.ALIGN(align.ALIGNConfig.from_json(look))
+    eyes = align.ALIGN(config_from(align.ALIGNConfig, look))
     networks.write_part(folder / "unet", UNET, denoiser.state_dict(), WEIGHTS)
     networks.write_part(folder / "vae", VAE, autoencoder.state_dict(), WEIGHTS)
     networks.write_part(folder / "text_encoder", text, encoder.state_dict(), "model.safetensors")

@@ -204,7 +204,7 @@ def train_clip(steps: int, batch: int, device: str, go_on: bool = False, seed: i
         rng = random.Random(number)
         chosen = crowd(phrases, all_kinds, batch, rng)
         texts = [rng.choice(data.captions[i]) for i in chosen]
-        pixels = standardized(data.pixels(chosen), clip.pictures.image_mean, clip.pictures.image_std)
+        pixels = standardized(data.pixels(chosen), clip.preprocess.image_mean, clip.preprocess.image_std)
         ids = tokenizer(texts + other_kinds(texts, rng) + NAMES).to(device)
         ids = ids[:, : int((ids != tokenizer.pad_id).sum(1).max()) + 1]  # causal: what follows the end changes nothing
         image = clip.image_features(pixels)
@@ -238,7 +238,7 @@ def train_align(steps: int, batch: int, device: str, go_on: bool = False, seed: 
         write_bert_tokenizer(data.captions, WEIGHTS / "reward")
     tokenizer = BertTokenizer.from_pretrained(WEIGHTS / "reward")
     config = align_config(len(tokenizer.cutter.get_vocab()))
-    align = begun(ALIGN(ALIGNConfig.from_json(config)), "reward", go_on).to(memory_format=torch.channels_last)
+    align = begun(ALIGN(config_from(ALIGNConfig, config)), "reward", go_on).to(memory_format=torch.channels_last)
     side = PREPROCESSORS["align"]["crop_size"]["height"]
 
     def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
@@ -271,7 +271,7 @@ def train_dino(steps: int, batch: int, device: str, go_on: bool = False, seed: i
 
     def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
         ones, others = two_of_each(data, batch // 2, random.Random(number))
-        pixels = standardized(data.pixels(ones + others), dino.pictures.image_mean, dino.pictures.image_std)
+        pixels = standardized(data.pixels(ones + others), dino.preprocess.image_mean, dino.preprocess.image_std)
         loss, right = contrast(*dino(pixels).chunk(2), 0.1)
         return loss, {"loss": loss.item(), "right": right}
 

@@ -57,8 +57,8 @@ def their_states(sampler, config, steps, latents, generators):
     return reference.timesteps.tolist(), states
 
 
-# Both sides do the same sums; ours take their coefficients in double precision, so they part by float32 rounding
-# (1e-6 measured after 50 steps). A wrong end level, order or variance, each tried, was off by 1e-2 and more.
+# Both sides do the same sums; our coefficients are in double precision, so they differ by float32 rounding (1e-6
+# measured after 50 steps). A wrong end level, order or variance, each tried, was off by 1e-2 and more.
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 25, 30, 50])
@@ -99,7 +99,8 @@ def test_ddim_to_clean_is_diffusers():
 
 @pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_timesteps_fall_and_exist_for_every_count(sampler, spacing):
+def test_every_number_of_steps_works(sampler, spacing):
+    """Timesteps exist and fall. For 1,000 steps diffusers has an IndexError for ddpm, and gives nan for dpm++."""
     ours = scheduler(timestep_spacing=spacing)
     for steps in range(1, 1001):
         times = ours.timesteps(steps, sampler)
@@ -107,14 +108,8 @@ def test_timesteps_fall_and_exist_for_every_count(sampler, spacing):
         assert all(early > late for early, late in itertools.pairwise(times))
         short = steps == 1000 and sampler == "dpm++" and spacing != "trailing"
         assert len(times) == steps - short
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_thousand_steps(sampler):
-    """diffusers stops with an IndexError for ddpm here, and gives nan for dpm++."""
-    got = scheduler().sample(denoise, normal(1, 4, 4, 4), 1000, sampler, seeds(1))
-    assert got.isfinite().all()
-    assert 0.1 < got.abs().max() < 100
+    got = ours.sample(denoise, normal(1, 4, 4, 4), 1000, sampler, seeds(1))
+    assert got.isfinite().all() and 0.1 < got.abs().max() < 100
 
 
 def test_noise_and_velocity_are_diffusers_exactly():
@@ -148,12 +143,15 @@ def test_a_perfect_prediction_gives_back_x0_and_eps(prediction_type):
     # ε-prediction divides by √ᾱ_999 = 0.068, which makes rounding fifteen times larger.
     assert (got_x_0 - x_0).abs().max() <= 2e-5
     assert (got_eps - eps).abs().max() <= 2e-5
+    target.requires_grad_()
+    ours.to_x0_eps(target, x_t, t)[0].sum().backward()
+    assert target.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_oracle_leads_every_sampler_to_its_picture(sampler, prediction_type):
-    """A denoiser that knows x_0 gets it back. DDIM stops at ᾱ_0 with √(1-ᾱ_0) = 0.03 of noise left."""
+    """A denoiser that knows x_0 returns it. DDIM stops at ᾱ_0 with √(1-ᾱ_0) = 0.03 of noise left."""
     ours = scheduler(prediction_type=prediction_type)
     x_0 = normal(2, 4, 8, 8, seed=5)
 
@@ -178,58 +176,40 @@ def test_a_picture_does_not_depend_on_its_batch(sampler):
     assert torch.equal(alone, other) == (sampler != "ddpm")
 
 
-def test_gradients_flow_through_the_conversions():
-    ours = scheduler()
-    prediction = normal(1, 4, 4, 4).requires_grad_()
-    ours.to_x0_eps(prediction, normal(1, 4, 4, 4), 500)[0].sum().backward()
-    assert prediction.grad.abs().min() > 0
-
-
-@pytest.mark.parametrize("steps", [0, -3, 1001])
-def test_steps_out_of_range(steps):
-    with pytest.raises(ValueError, match=rf"^steps must be between 1 and 1000, not {steps}$"):
-        scheduler().sample(denoise, normal(1, 4, 4, 4), steps)
-
-
-def test_unknown_sampler_and_missing_generators():
-    with pytest.raises(ValueError, match=r"^sampler 'euler' is unknown; choose one of ddpm, ddim, dpm\+\+$"):
-        scheduler().sample(denoise, normal(1, 4, 4, 4), 10, "euler")
-    for given in (None, seeds(1)):
-        with pytest.raises(ValueError, match="one generator for each of the 2 images"):
-            scheduler().sample(denoise, normal(2, 4, 4, 4), 10, "ddpm", given)
+@pytest.mark.parametrize(
+    ("steps", "sampler", "message"),
+    [
+        (0, "dpm++", r"^steps must be between 1 and 1000, not 0$"),
+        (1001, "ddim", r"^steps must be between 1 and 1000, not 1001$"),
+        (10, "euler", r"^sampler 'euler' is unknown; choose one of ddpm, ddim, dpm\+\+$"),
+        (10, "ddpm", "one generator for each of the 2 images"),
+    ],
+)
+def test_impossible_requests(steps, sampler, message):
+    for generators in (None, seeds(1)):
+        with pytest.raises(ValueError, match=message):
+            scheduler().sample(denoise, normal(2, 4, 4, 4), steps, sampler, generators)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"prediction_type": "sample"},
-        {"prediction_type": "velocity"},
         {"beta_schedule": "squaredcos_cap_v2"},
         {"beta_schedule": "linear"},
-        {"timestep_spacing": "karras"},
-        {"trained_betas": [0.1, 0.2]},
         {"rescale_betas_zero_snr": True},
-        {"thresholding": True},
-        *[{"beta_start": value} for value in (-0.1, 0, 1, float("nan"))],
-        *[{"beta_end": value} for value in (-0.1, 0, 1, float("inf"))],
-        *[{"num_train_timesteps": value} for value in (0, -1000)],
-        {"steps_offset": -1},
-        {"beta_end": 0.9},  # no signal is left, in fp32
-        {"beta_start": 1e-12},  # no noise in x_0
+        {"steps_offset": "one"},
     ],
     ids=str,
 )
 def test_unsupported_config_is_refused(tmp_path, wrong):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(SD | wrong))
-    with pytest.raises(CheckpointError, match=rf"^[^\n]*({next(iter(wrong))}|betas from)[^\n]*$"):
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*scheduler_config\.json[^\n]*{next(iter(wrong))}[^\n]*$"):
         Scheduler.from_pretrained(tmp_path)
 
 
 def test_clip_sample_is_never_read(tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(SD | {"clip_sample": True}))
     ours = Scheduler.from_pretrained(tmp_path)
-    latents = 10 * normal(1, 4, 4, 4)
-    got = ours.sample(lambda x, t: torch.zeros_like(x), latents, 20, "ddim")
+    got = ours.sample(lambda x, t: torch.zeros_like(x), 10 * normal(1, 4, 4, 4), 20, "ddim")
     assert got.abs().max() > 5
-    with pytest.raises(CheckpointError, match="missing"):
-        Scheduler.from_pretrained(tmp_path / "nowhere")

@@ -5,17 +5,18 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from parity import disturb, relative, untrained
 from safetensors.torch import load_file, save_file
 
 from model.files.errors import CheckpointError
-from model.vae import VAE, VAEConfig, rename_old_attention
+from model.vae import VAE, VAEConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def reference(folder, scale=1.0, **overrides):
-    """A small random AutoencoderKL, saved in `folder`: norms off their defaults, other weights times `scale`."""
+def reference(folder, scale=1.0):
+    """A small random AutoencoderKL, saved in `folder`."""
     torch.manual_seed(0)
     config = {
         "block_out_channels": (16, 32, 32, 48),
@@ -24,46 +25,35 @@ def reference(folder, scale=1.0, **overrides):
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "latent_channels": 4,
-    } | overrides
-    network = AutoencoderKL(**config).eval().requires_grad_(False)
-    for name, parameter in network.named_parameters():
-        if parameter.ndim == 1:
-            parameter += 0.3 * torch.randn_like(parameter)
-        if name.endswith(("to_q.weight", "to_k.weight")):
-            parameter *= 4  # else attention is nearly uniform, and its scale hardly shows
-        elif "norm" not in name:
-            parameter *= scale
+    }
+    network = disturb(AutoencoderKL(**config), scale)
     network.save_pretrained(folder)
     return network
-
-
-def relative(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 # Both sides compute the same float32 sums in another order: 3e-6 apart, and 2e-5 on the quiet set, where every norm
 # sees a tiny variance and magnifies rounding. A wrong eps, the mildest mistake, shows there at 1e-3 and more.
 @pytest.mark.parametrize("scale", [1.0, 0.04], ids=["ordinary", "quiet"])
 @pytest.mark.parametrize("size", [(32, 32), (40, 24), (39, 28)], ids=str)
+@torch.no_grad()
 def test_parity(tmp_path, size, scale):
     theirs = reference(tmp_path, scale)
     ours = VAE.from_pretrained(tmp_path)
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        mean, logvar = ours.encode(images)
-        posterior = theirs.encode(images).latent_dist
-        latents = torch.randn(2, 4, *mean.shape[2:], generator=torch.Generator().manual_seed(2))
-        decoded, expected = ours.decode(latents), theirs.decode(latents).sample
+    mean, logvar = ours.encode(images)
+    posterior = theirs.encode(images).latent_dist
+    latents = torch.randn(2, 4, *mean.shape[2:], generator=torch.Generator().manual_seed(2))
+    decoded, expected = ours.decode(latents), theirs.decode(latents).sample
     for a, b in ((mean, posterior.mean), (logvar, posterior.logvar), (decoded, expected)):
         assert a.shape == b.shape
         assert relative(a, b) <= 1e-4
-        if scale == 1.0:
-            assert 0.1 < b.abs().max() < 30
-            assert (a - b).abs().max() <= 1e-4
+        assert scale != 1.0 or 0.1 < b.abs().max() < 30
+        assert scale != 1.0 or (a - b).abs().max() <= 1e-4
     assert decoded.shape[2:] == tuple(ours.downscale * n for n in latents.shape[2:])
 
 
 def test_old_attention_names_load_as_the_present_ones(tmp_path):
+    """In files of before 2023 the attention has other names and, in some, weights as 1x1 convolutions."""
     theirs = reference(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     old = {}
@@ -77,7 +67,6 @@ def test_old_attention_names_load_as_the_present_ones(tmp_path):
     save_file(old, tmp_path / WEIGHTS)
     ours = VAE.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.state_dict().items())
-    assert rename_old_attention(tensors).keys() == tensors.keys()
 
 
 def test_logvar_is_clamped(tmp_path):
@@ -99,27 +88,13 @@ def test_trains(autocast):
         mean, logvar = vae.encode(images)
         out = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean))
     (out.float() ** 2).mean().backward()
-    dead = [n for n, p in vae.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
-    assert not dead
+    assert not untrained(vae)
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("use_quant_conv", False),
-        ("use_post_quant_conv", False),
-        ("shift_factor", 0.1),
-        ("act_fn", "gelu"),
-        ("mid_block_add_attention", False),
-        ("down_block_types", ["AttnDownEncoderBlock2D"] * 4),
-        ("up_block_types", ["AttnUpDecoderBlock2D"] * 4),
-    ],
-)
-def test_another_kind_of_vae_is_refused(tmp_path, field, value):
+def test_a_vae_of_sd_3_is_refused(tmp_path):
     reference(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {field: value}
+    config = json.loads((tmp_path / "config.json").read_text()) | {"use_quant_conv": False, "shift_factor": 0.06}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=field) as error:
+    with pytest.raises(CheckpointError, match=r"^[^\n]*config\.json: use_quant_conv[^\n]*$"):
         VAE.from_pretrained(tmp_path)
-    assert "\n" not in str(error.value)

@@ -1,0 +1,84 @@
+"""DINO against transformers' ViT with the same random weights, through files.
+
+Tolerances: float32 sums in another order differ by about 1e-6 of an output of order 1, a wrong detail by 1e-3 and more.
+With weights and pixels 25 times smaller ("quiet") the eps of the norms (1e-12, not the usual 1e-5) shows.
+"""
+
+import json
+
+import pytest
+import torch
+import transformers
+from parity import randomise, untrained
+from safetensors.torch import load_file
+
+from model.dino import DINO, DINOConfig
+from model.files.errors import CheckpointError
+
+SMALL = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 40,
+    "patch_size": 8,
+}
+
+
+def reference(folder, pooler=False, quiet=False, **changes):
+    """A small random ViTModel, saved in `folder`."""
+    config = transformers.ViTConfig(**SMALL | changes)
+    network = randomise(transformers.ViTModel(config, add_pooling_layer=pooler), quiet)
+    network.save_pretrained(folder)
+    return network
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"pooler": True}, {"qkv_bias": False}, {"image_size": 32, "patch_size": 16}])
+@torch.no_grad()
+def test_equals_transformers(tmp_path, changes, quiet):
+    theirs = reference(tmp_path, quiet=quiet, **changes)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "encoder.layer.0.attention.attention.query.weight" in names  # the published names, not those in memory
+    assert ("pooler.dense.weight" in names) == changes.get("pooler", False)
+    ours = DINO.from_pretrained(tmp_path)
+    assert not ours.training and not any(parameter.requires_grad for parameter in ours.parameters())
+    size = changes.get("image_size", 40)
+    assert ours.image_size == size
+    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1)) / (25 if quiet else 1)
+    expected = theirs(pixels).last_hidden_state[:, 0]
+    assert expected.shape == (3, 48) and 0.3 < expected.abs().max() < 30
+    assert (ours(pixels) - expected).abs().max() <= 1e-4
+    assert (ours(pixels.contiguous(memory_format=torch.channels_last)) - expected).abs().max() <= 1e-4
+    if quiet:  # 1e-6, the eps of DINO's own code, would be seen
+        values = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**values, "layer_norm_eps": 1e-6}))
+        assert (DINO.from_pretrained(tmp_path)(pixels) - expected).abs().max() > 2e-4
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"image_size": 48}, "position_embeddings is .* should be"),
+        ("config.json", {"num_hidden_layers": 4}, "lacks encoder.layer.3"),
+        ("config.json", {"num_hidden_layers": 2}, "unexpected encoder.layer.2"),
+        ("preprocessor_config.json", {"size": 224}, "224 pixels"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "height and width"),
+        ("preprocessor_config.json", {"size": {"height": 40, "width": 48}}, "height and width"),
+    ],
+)
+def test_a_file_that_does_not_fit(tmp_path, file, change, message):
+    reference(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change))
+    with pytest.raises(CheckpointError, match=message):
+        DINO.from_pretrained(tmp_path)
+
+
+def test_trains_and_autocasts():
+    """The toy weights are trained with this class: gradients everywhere, finite, in bfloat16 too."""
+    torch.manual_seed(0)
+    network = DINO(DINOConfig(**SMALL)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(4, 3, 40, 40)).float().square().mean().backward()
+    assert not untrained(network)
