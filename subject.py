@@ -1,8 +1,7 @@
 """A subject: its photos, its noun, its prompts.
 
-The test prompts, the 30 subjects and their nouns are DreamBench's (google/dreambooth, prompts_and_classes.txt; CVPR
-2023); the training prompts are those of RPO's release (arXiv 2407.12164). In a prompt `{V}` stands for the unique token
-and `{noun}` for the class noun.
+The test prompts, the 30 subjects and their nouns are DreamBench's (google/dreambooth, prompts_and_classes.txt); the
+training prompts are those of RPO (arXiv 2407.12164, Figure 6). In a prompt, {V} is the unique token, {noun} the noun.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _PROPERTIES = ", ".join(f"a {word} {{V}} {{noun}}" for word in ("red", "purple",
 
 
 def _prompts(*lists: str) -> list[str]:
-    """Comma-separated lists to prompts: an item without a {V} of its own goes behind "a {V} {noun}"."""
+    """Comma-separated lists as prompts: "on the beach" becomes "a {V} {noun} on the beach"."""
     items = ", ".join(lists).split(", ")
     return [item if "{V}" in item else "a {V} {noun} " + item for item in items]
 
@@ -61,7 +60,7 @@ TRAINING_PROMPTS = {
     ),
 }
 
-DREAMBENCH_NOUNS = {  # folder -> noun, the 30 subjects
+DREAMBENCH_NOUNS = {  # folder -> noun of the 30 subjects
     **dict.fromkeys(["cat", "cat2"], "cat"),
     **dict.fromkeys(["dog", "dog2", "dog3", "dog5", "dog6", "dog7", "dog8"], "dog"),
     **dict.fromkeys(["backpack", "backpack_dog"], "backpack"),
@@ -90,27 +89,27 @@ class SubjectError(ValueError):
 
 @dataclass(frozen=True)
 class Subject:
-    """What one training run is about. `live` chooses between the prompts of living subjects and of things."""
+    """The subject of one training run."""
 
     folder: Path
     noun: str  # "dog"
-    live: bool
+    live: bool  # selects the prompts of living subjects, else those of things
     token: str  # "[V]"
-    photos: list[Path]  # in order of their names, at least one
+    photos: list[Path]  # at least one, sorted by name
 
     @property
     def instance_prompt(self) -> str:
-        """The prompt the photos are trained under: "a photo of [V] dog"."""
+        """The photos' own prompt c: "a photo of [V] dog"."""
         return INSTANCE_PROMPT.format(V=self.token, noun=self.noun)
 
     @property
     def class_prompt(self) -> str:
-        """What the baselines' class images are drawn from: "a photo of a dog"."""
+        """The prompt of the baselines' class images: "a photo of a dog"."""
         return f"a photo of a {self.noun}"
 
     @property
     def training_prompts(self) -> list[str]:
-        """The 8 prompts that draw the negatives and the validation images."""
+        """The 8 prompts c_mod of the negatives and of the validation."""
         return self._fill(TRAINING_PROMPTS)
 
     @property
@@ -123,45 +122,70 @@ class Subject:
 
 
 def load_subject(folder: Path | str, noun: str | None = None, live: bool | None = None, token: str = "[V]") -> Subject:
-    """The subject whose photos lie in `folder`. Each photo is decoded once here: a bad one is known at the start.
+    """The subject whose photos are in `folder`. Decodes every photo once, so that a bad one is found at the start.
 
-    noun: by default DreamBench's for its folder names, else the folder's name ("my_dog2" is a "my dog").
-    live: by default whether the noun is an animal or a person. Files with other endings, hidden files and folders are
-    passed over; photos that are not read, such as .heic, with a note. Raises SubjectError for a folder, photo, noun or
-    token that cannot be used.
+    noun: by default DreamBench's for its folders, else the folder's name ("my_dog2" is a "my dog"). live: by default
+    whether the noun is an animal or a person. Raises SubjectError if the folder, a photo, the noun or the token is bad.
     """
     photos = _find_photos(Path(folder))
     for photo in photos:
         open_photo(photo, size=1)
-    name = Path(os.path.abspath(folder)).name.lower()  # abspath, so that "." has a name
     if noun is None:
+        name = Path(os.path.abspath(folder)).name.lower()  # abspath: "." has no name
         noun = DREAMBENCH_NOUNS.get(name, re.sub(r"[\d_-]+", " ", name))
     noun, token = " ".join(noun.split()), token.strip()
-    if not noun:
-        raise SubjectError(f"no noun for {folder}: say what the photos show, for example --noun dog")
-    if not noun.isprintable():  # bytes of a folder's name that are not UTF-8
-        raise SubjectError(f"the noun {noun!r} is no readable text: say what the photos show, for example --noun dog")
+    if not noun or not noun.isprintable():  # a folder's name need not be text
+        raise SubjectError(f"{folder} gives no noun ({noun!r}): say what the photos show, for example --noun dog")
     if not token:
         raise SubjectError("the unique token is empty: give one that means nothing yet, for example [V]")
     if token in noun.split():
         raise SubjectError(f"the noun {noun!r} contains the token {token}: give the noun alone, prompts add the token")
+    return Subject(Path(folder), noun, _is_live(noun) if live is None else live, token, photos)
+
+
+def _is_live(noun: str) -> bool:
+    """Return True if the noun's last word is an animal or a person, and no word says that it is a toy."""
     words = noun.lower().split()
-    if live is None:
-        live = not LIVE_NOUNS.isdisjoint([words[-1], words[-1].removesuffix("s")]) and _LIFELESS.isdisjoint(words)
-    return Subject(Path(folder), noun, live, token, photos)
+    return not LIVE_NOUNS.isdisjoint([words[-1], words[-1].removesuffix("s")]) and _LIFELESS.isdisjoint(words)
+
+
+def _find_photos(folder: Path) -> list[Path]:
+    """The image files of a folder, by their endings, sorted by name."""
+    try:
+        files = visible_files(folder)
+    except FileNotFoundError:
+        raise SubjectError(f"{folder} does not exist: give the folder that holds the subject's photos") from None
+    except NotADirectoryError:
+        raise SubjectError(f"{folder} is not a folder: give the folder that holds the subject's photos") from None
+    except OSError as error:
+        raise SubjectError(f"{folder} cannot be read ({error.strerror}): check its permissions") from None
+    photos = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
+    unread = [path.name for path in files if path.suffix.lower() in UNREAD_ENDINGS]
+    if not photos:
+        endings = " ".join(sorted(PHOTO_ENDINGS))
+        raise SubjectError(f"{folder} holds no photos ({endings}): put 4 to 6 there, converting others such as .heic")
+    if unread:
+        print(f"note: not read, convert them to .jpg: {', '.join(sorted(unread))}")
+    return photos
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files of a folder, sorted by name, without hidden ones such as .DS_Store. Raises OSError as iterdir does."""
+    files = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    return sorted(files, key=lambda path: path.name)
 
 
 def load_photos(subject: Subject, size: int) -> list[Image.Image]:
-    """The subject's photos, in order, as `open_photo` gives them."""
+    """The subject's photos, in order, as `open_photo` returns them."""
     return [open_photo(photo, size) for photo in subject.photos]
 
 
 def open_photo(path: Path | str, size: int) -> Image.Image:
-    """A photo as an 8-bit RGB PIL image of size x size.
+    """A photo as an 8-bit RGB image of size x size pixels.
 
-    The rule: turn it upright by its EXIF orientation; cut the largest centred square; turn the colours of its profile,
-    such as an iPhone's Display P3, into sRGB; composite transparency on white; resize with Lanczos. A JPEG of over four
-    times the size is decoded at a fraction of its scale, which is faster and looks the same. Raises SubjectError if the
+    It is turned upright by its EXIF orientation and cut to the largest centred square; the colours of its ICC profile,
+    such as an iPhone's Display P3, become sRGB; transparency becomes white; it is resized with Lanczos. A JPEG of over
+    four times the size is decoded at a fraction of its scale: faster, with the same look. Raises SubjectError if the
     file is not a whole image.
     """
     try:
@@ -174,41 +198,15 @@ def open_photo(path: Path | str, size: int) -> Image.Image:
         side = min(upright.size)
         left, top = (upright.width - side) // 2, (upright.height - side) // 2
         square = _to_rgb(upright.crop((left, top, left + side, top + side)))
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error and others for bad data
+    except Exception as error:  # for bad data Pillow raises OSError, SyntaxError, struct.error and others
         reason = " ".join(f"{error}".split()) or type(error).__name__
         raise SubjectError(f"{path} is not a usable image ({reason}): replace it, shrink it or take it out") from None
     return square.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _find_photos(folder: Path) -> list[Path]:
-    """The image files of a folder, by their endings, in order of their names."""
-    try:
-        if not folder.exists():
-            raise SubjectError(f"{folder} does not exist: give the folder that holds the subject's photos")
-        if not folder.is_dir():
-            raise SubjectError(f"{folder} is not a folder: give the folder that holds the subject's photos")
-        files = visible_files(folder)
-        photos = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
-        unread = [path.name for path in files if path.suffix.lower() in UNREAD_ENDINGS]
-    except OSError as error:
-        raise SubjectError(f"{folder} cannot be read ({error.strerror}): check its permissions") from None
-    if not photos:
-        endings = " ".join(sorted(PHOTO_ENDINGS))
-        raise SubjectError(f"{folder} holds no photos ({endings}): put 4 to 6 there, converting others such as .heic")
-    if unread:
-        print(f"note: not read, convert them to .jpg: {', '.join(sorted(unread))}")
-    return photos
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """What lies in a folder but folders and hidden files, such as .DS_Store, in order of the names."""
-    files = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
-    return sorted(files, key=lambda path: path.name)
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit RGB: deep greys are scaled (Pillow would clip them), transparency becomes white."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 of which files fill 16
+    """Any mode as 8-bit RGB. Deep greys are scaled, which Pillow would clip; transparency becomes white."""
+    if image.mode.startswith("I"):  # 16 bits, or 32 of which files use 16
         return image.convert("I").point(lambda grey: grey * (1 / 257) + 0.5).convert("L").convert("RGB")
     if image.mode == "F":
         white = 1 if image.getextrema()[1] <= 1 else 255
@@ -217,7 +215,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
     if image.mode in ("RGB", "RGBA", "CMYK") and (profile := image.info.get("icc_profile")):
         mode, srgb = "RGB" if image.mode == "CMYK" else image.mode, ImageCms.createProfile("sRGB")
-        with suppress(ImageCms.PyCMSError):  # a broken profile, or of another mode: the numbers as they are
+        with suppress(ImageCms.PyCMSError):  # a broken profile, or one of another mode: the numbers stay
             image = ImageCms.profileToProfile(image, BytesIO(profile), srgb, outputMode=mode)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

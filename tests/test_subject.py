@@ -119,7 +119,7 @@ def test_bad_nouns_and_tokens(tmp_path):
     folder = put(tmp_path / "dog")
     refused("--noun", folder, noun=" ")
     refused("token is empty", folder, token=" ")
-    refused("no readable text", folder, noun="do\udcffg")  # of a folder whose name is not UTF-8
+    refused("--noun", folder, noun="do\udcffg")  # of a folder whose name is not UTF-8
     refused("the noun alone", folder, noun="[V] dog")
 
 
