@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import warnings
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 INSTANCE_PROMPT = "a photo of {V} {noun}"
 
@@ -81,6 +83,17 @@ _LIFELESS = {"toy", "plush", "plushie", "stuffed", "teddy", "rubber", "hot", "fi
 
 PHOTO_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tiff"})
 UNREAD_ENDINGS = frozenset({".heic", ".heif", ".avif", ".dng", ".raw", ".cr2", ".nef", ".arw", ".gif", ".jxl"})
+_TURNS = {  # EXIF orientation -> how to turn the photo upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")  # texts that Pillow reads for it
 
 
 class SubjectError(ValueError):
@@ -190,18 +203,55 @@ def open_photo(path: Path | str, size: int) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
-            image.draft(None, (2 * size, 2 * size))  # JPEG only: the short edge stays at least this long
-            upright = ImageOps.exif_transpose(image)
-        side = min(upright.size)
-        left, top = (upright.width - side) // 2, (upright.height - side) // 2
-        square = _to_rgb(upright.crop((left, top, left + side, top + side)))
+            with _open(path) as image:
+                image.draft(None, (2 * size, 2 * size))  # JPEG only: the short edge stays at least this long
+                image.load()
+                upright = _upright(image)
+            side = min(upright.size)
+            left, top = (upright.width - side) // 2, (upright.height - side) // 2
+            square = _to_rgb(upright.crop((left, top, left + side, top + side)))
+        return square.resize((size, size), Image.Resampling.LANCZOS)
     except Exception as error:  # for bad data Pillow raises OSError, SyntaxError, struct.error and others
         reason = " ".join(f"{error}".split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "damaged, or of an unknown format"
         raise SubjectError(f"{path} is not a usable image ({reason}): replace it, shrink it or take it out") from None
-    return square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _open(path: Path | str) -> Image.Image:
+    """Open an image file with Pillow, which refuses PNGs with odd metadata: not here.
+
+    Of a PNG, only the pixels, transparency, colour profile and orientation are passed on: a text of over 1 MB or a
+    wrong checksum in it would be an error.
+    """
+    with open(path, "rb") as file:
+        if file.read(8) != _PNG:
+            return Image.open(path)
+        kept, profile = BytesIO(), None
+        kept.write(_PNG)
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            data, checksum = file.read(length), file.read(4)
+            if kind == b"iCCP":  # name, zero, method, and the profile, which Pillow refuses if it is over 1 MB
+                with suppress(zlib.error, IndexError):
+                    profile = zlib.decompressobj().decompress(data.split(b"\0", 1)[1][1:], 2**26)
+            wanted = kind in (b"tRNS", b"eXIf") or data.startswith(_PNG_ORIENTATIONS)
+            whole = zlib.crc32(kind + data) == int.from_bytes(checksum, "big")
+            if kind[:1].isupper() or (wanted and whole):  # critical chunks have a capital
+                kept.write(header + data + checksum)
+    image = Image.open(kept)
+    image.info["icc_profile"] = profile
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The loaded image, turned by its orientation, the only EXIF value that is read."""
+    turn = None
+    with suppress(Exception):  # broken EXIF does not make a photo unusable
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

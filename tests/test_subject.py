@@ -210,6 +210,7 @@ STORED = [T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROT
 SCENE = Image.new("RGB", (64, 64), "blue")
 SCENE.paste("red", (0, 0, 32, 32))
 SCENE.paste("green", (32, 0, 64, 32))
+TURNED = SCENE.transpose(T.ROTATE_90)  # as a camera stores it with orientation 6
 
 
 def is_upright(path):
@@ -226,6 +227,66 @@ def test_exif_orientation(tmp_path, orientation, ending):
     exif[0x0112] = orientation
     put(tmp_path, f"a.{ending}", SCENE.transpose(STORED[orientation - 2]) if orientation > 1 else SCENE, exif=exif)
     assert is_upright(tmp_path / f"a.{ending}")
+
+
+def exif(*tags, end=b""):
+    """EXIF with tags of (number, type, count, value or its place). With two tags, `end` is at place 38."""
+    rows = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + rows + bytes(4) + end
+
+
+SIX, PAST = (0x112, 3, 1, 6), 2**32 - 1
+GOOD_EXIF = {
+    "negative rational": exif((0x11A, 10, 1, 38), SIX, end=struct.pack("<ii", -72, 1)),
+    "0/0": exif((0x11A, 5, 1, 38), SIX, end=bytes(8)),
+    "offsets past the end": exif(SIX, (0x10F, 2, 50, PAST), (0x8769, 4, 1, PAST), (0x8825, 4, 1, PAST)),
+    "a loop": exif(SIX, (0x8769, 4, 1, 8)),
+    "an unknown type": exif(SIX, (0x10F, 99, 1, 0)),
+    "two orientations": exif((0x112, 3, 2, 0x60006)),
+}
+BAD_EXIF = {
+    "no TIFF": b"Exif\0\0no TIFF at all",
+    "nothing": b"Exif\0\0",
+    "cut": exif(SIX)[:18],
+    "orientation as text": exif((0x112, 2, 2, ord("6"))),
+    "no such orientation": exif((0x112, 3, 1, 99)),
+    "orientation 0/0": exif((0x112, 5, 1, 38), (0x10F, 2, 1, 0), end=bytes(8)),
+}
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("name", [*GOOD_EXIF, *BAD_EXIF])
+def test_only_the_orientation_is_read_of_exif(tmp_path, name, ending, recwarn):
+    put(tmp_path, f"a.{ending}", TURNED if name in GOOD_EXIF else SCENE, exif=(GOOD_EXIF | BAD_EXIF)[name])
+    assert is_upright(tmp_path / f"a.{ending}") and not recwarn.list
+
+
+LONG, XMP, RAW = b"x" * 2**21, b'<x:xmp tiff:Orientation="6"/>', b"\nexif\n  9\n" + exif(SIX).hex().encode()
+UNNEEDED = {  # Pillow refuses each
+    "a long text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(LONG)),
+    "a long UTF-8 text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(LONG)),
+    "a wrong checksum": chunk(b"tEXt", b"Comment\0hello")[:-4] + b"1234",
+    "EXIF's wrong checksum": chunk(b"eXIf", exif(SIX)[6:])[:-4] + b"1234",
+    "unknown compression": chunk(b"zTXt", b"Comment\0\7xx"),
+    "cut values": chunk(b"pHYs", b"1") + chunk(b"gAMA", b"1") + chunk(b"cHRM", b"1") + chunk(b"sRGB", b""),
+    "frames out of order": chunk(b"fcTL", struct.pack(">IIIIIHHBB", 5, 64, 64, 0, 0, 1, 1, 0, 0)),
+    "a broken profile": chunk(b"iCCP", b"no end") + chunk(b"iCCP", b"p\0\0no zlib"),
+}
+ORIENTATIONS = {
+    "XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP + LONG),
+    "ImageMagick's": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW)),
+    "a JPEG's XMP": b"\xff\xe1\0\x3c" + b"http://ns.adobe.com/xap/1.0/\0" + XMP,
+}
+
+
+@pytest.mark.parametrize("name", [*UNNEEDED, *ORIENTATIONS])
+def test_metadata_never_makes_a_photo_unusable(tmp_path, name):
+    path = tmp_path / ("a.jpg" if "JPEG" in name else "a.png")
+    (SCENE if name in UNNEEDED else TURNED).save(path)
+    content, start = path.read_bytes(), 2 if "JPEG" in name else 33
+    for place in (start,) if "JPEG" in name else (start, len(content) - 12):  # also behind a PNG's pixels
+        path.write_bytes(content[:place] + (UNNEEDED | ORIENTATIONS)[name] + content[place:] + b"trailing bytes")
+        assert is_upright(path)
 
 
 # ---- colours
