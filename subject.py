@@ -208,10 +208,7 @@ def open_photo(path: Path | str, size: int) -> Image.Image:
             with _open(path) as image:
                 image.draft(None, (2 * size, 2 * size))  # JPEG only: the short edge stays at least this long
                 image.load()
-                upright = _upright(image)
-            side = min(upright.size)
-            left, top = (upright.width - side) // 2, (upright.height - side) // 2
-            square = _to_rgb(upright.crop((left, top, left + side, top + side)))
+                square = _centred_square(_upright(image))
         return square.resize((size, size), Image.Resampling.LANCZOS)
     except Exception as error:  # for bad data Pillow raises OSError, SyntaxError, struct.error and others
         reason = " ".join(f"{error}".split()) or type(error).__name__
@@ -254,19 +251,40 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as 8-bit RGB. Deep greys are scaled, which Pillow would clip; transparency becomes white."""
-    if image.mode.startswith("I"):  # 16 bits, or 32 of which files use 16
-        return image.convert("I").point(lambda grey: grey * (1 / 257) + 0.5).convert("L").convert("RGB")
-    if image.mode == "F":
-        white = 1 if image.getextrema()[1] <= 1 else 255
-        return image.point(lambda grey: grey * (255 / white) + 0.5).convert("L").convert("RGB")
+def _centred_square(image: Image.Image) -> Image.Image:
+    """The largest centred square of an image of any mode, as 8-bit RGB in sRGB, transparency on white."""
+    profile = image.info.get("icc_profile")
+    image = _to_8_bits(image)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    square = _to_srgb(image.crop(box), profile)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-    if image.mode in ("RGB", "RGBA", "CMYK") and (profile := image.info.get("icc_profile")):
-        mode, srgb = "RGB" if image.mode == "CMYK" else image.mode, ImageCms.createProfile("sRGB")
-        with suppress(ImageCms.PyCMSError):  # a broken profile, or one of another mode: the numbers stay
-            image = ImageCms.profileToProfile(image, BytesIO(profile), srgb, outputMode=mode)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        alpha = image.convert("RGBA").getchannel("A")
+        square.putalpha(alpha.crop(box))
+        square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
+    return square
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Deep greys as 8-bit grey, scaled: Pillow's own conversion would clip them. Other modes stay."""
+    if image.mode.startswith("I"):  # 16 bits, or 32 of which files use 16
+        image, scale = image.convert("I"), 1 / 257
+    elif image.mode == "F":
+        scale = 255 if image.getextrema()[1] <= 1 else 1
+    else:
+        return image
+    grey = image.point(lambda value: value * scale + 0.5).convert("L")
+    grey.info.clear()  # a transparent grey would be one of 16 bits
+    return grey
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """8-bit RGB, the colours as the ICC profile defines them; without a usable one the numbers stay."""
+    image = image.convert({"L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+    modes = ("L", "RGB") if image.mode == "L" else (image.mode,)  # some programs give grey photos a profile of RGB
+    for mode in modes if profile else ():
+        with suppress(ImageCms.PyCMSError):  # a broken profile, or one of another mode
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image.convert(mode), BytesIO(profile), srgb, outputMode="RGB")
     return image.convert("RGB")

@@ -294,6 +294,10 @@ def test_metadata_never_makes_a_photo_unusable(tmp_path, name):
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 CURVE = b"para\0\0\0\0\0\3\0\0" + struct.pack(">i", round(2.4 * 65536))
 LINEAR = SRGB.replace(CURVE, b"para" + bytes(8) + struct.pack(">i", 65536))  # its 64 of 255 is sRGB's 137
+LINEAR_GREY = (LINEAR[:16] + b"GRAY" + LINEAR[20:]).replace(b"rTRC", b"kTRC")
+PLACE, END = LINEAR_GREY.index(b"kTRC") + 4, len(LINEAR_GREY) + 2**21  # of its curve
+LARGE = LINEAR_GREY[:PLACE] + struct.pack(">I", END) + LINEAR_GREY[PLACE + 4 :] + bytes(2**21)
+LARGE = struct.pack(">I", END + 32) + LARGE[4:] + b"para" + bytes(8) + struct.pack(">i", 65536) + bytes(16)
 
 
 def indexed(*colours):
@@ -304,16 +308,33 @@ def indexed(*colours):
     return image
 
 
-@pytest.mark.parametrize("mode, colour", [("RGB", (64, 64, 64)), ("RGBA", (64, 64, 64, 255))])
-def test_a_profiles_colours_become_srgb(tmp_path, mode, colour):
-    image = Image.new(mode, (16, 16), colour)
-    assert near(colour_of(tmp_path, image, icc_profile=LINEAR), (137,) * 3, 1)
-    assert near(colour_of(tmp_path, image, icc_profile=b"broken"), (64,) * 3, 1)
+@pytest.mark.parametrize("ending", ["png", "tif", "jpg", "webp"])
+@pytest.mark.parametrize(
+    "image, profile",
+    [
+        (Image.new("RGB", (16, 16), (64, 64, 64)), LINEAR),
+        (Image.new("RGBA", (16, 16), (64, 64, 64, 255)), LINEAR),
+        (indexed((64, 64, 64)), LINEAR),
+        (Image.new("L", (16, 16), 64), LINEAR),
+        (Image.new("L", (16, 16), 64), LINEAR_GREY),
+        (Image.new("L", (16, 16), 64), LARGE),
+        (Image.new("LA", (16, 16), (64, 255)), LINEAR_GREY),
+        (Image.new("I;16", (16, 16), 64 * 257), LINEAR_GREY),
+    ],
+)
+def test_a_profile_counts_in_every_mode(tmp_path, image, profile, ending):
+    kept = {"png": True, "tif": True, "jpg": image.mode in ("L", "RGB"), "webp": image.mode.startswith("RGB")}
+    if kept[ending]:
+        assert near(colour_of(tmp_path, image, f"a.{ending}", icc_profile=profile), (137,) * 3, 1)
+        assert near(colour_of(tmp_path, image, f"a.{ending}", icc_profile=b"broken"), (64,) * 3, 1)
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
-def test_cmyk(tmp_path, name):
-    assert near(colour_of(tmp_path, Image.new("CMYK", (16, 16), (0, 255, 255, 0)), name), (255, 0, 0), 6)
+@pytest.mark.parametrize("profile", [None, LINEAR, LINEAR_GREY])
+@pytest.mark.parametrize("ending", ["jpg", "tif"])
+def test_a_profile_of_another_mode_is_ignored(tmp_path, ending, profile):
+    cmyk, rgb = Image.new("CMYK", (16, 16), (0, 127, 127, 0)), Image.new("RGB", (16, 16), (255, 128, 128))
+    assert near(colour_of(tmp_path, cmyk, f"a.{ending}", icc_profile=profile), (255, 128, 128), 6)
+    assert profile is LINEAR or near(colour_of(tmp_path, rgb, f"a.{ending}", icc_profile=profile), (255, 128, 128), 6)
 
 
 @pytest.mark.parametrize(
