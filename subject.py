@@ -261,8 +261,9 @@ def _centred_square(image: Image.Image) -> Image.Image:
     square = _to_srgb(image.crop(box), profile)
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
-        square.putalpha(alpha.crop(box))
-        square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
+        if alpha.getextrema()[1] > 0:  # some programs write zeros everywhere for an opaque image
+            square.putalpha(alpha.crop(box))
+            square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
     return square
 
 

@@ -361,3 +361,18 @@ def test_transparency_becomes_white(tmp_path):
         opened = saved(tmp_path, image, size=16, icc_profile=LINEAR, **options)
         assert opened.getpixel((7, 8)) == (255, 255, 255) and near(opened.getpixel((8, 8)), (137, 0, 255), 1)
     assert near(colour_of(tmp_path, Image.new("RGBA", (8, 8), (0, 0, 0, 128))), (127,) * 3, 1)
+
+
+@pytest.mark.parametrize(
+    "image, name, options",
+    [
+        *[(Image.new("RGBA", (8, 8), (90, 90, 90, 0)), f"a.{ending}", {}) for ending in ("png", "tif")],
+        (Image.new("RGBA", (8, 8), (90, 90, 90, 0)), "a.webp", {"lossless": True, "exact": True}),
+        (Image.new("LA", (8, 8), (90, 0)), "a.png", {}),
+        (Image.new("L", (8, 8), 90), "a.png", {"transparency": 90}),
+        (indexed((90, 90, 90)), "a.png", {"transparency": 0}),
+    ],
+)
+def test_an_alpha_of_zeros_is_ignored(tmp_path, image, name, options):
+    """Some programs write it for opaque pictures; the photo would become a white square."""
+    assert colour_of(tmp_path, image, name, **options) == (90, 90, 90)
