@@ -177,6 +177,11 @@ def _find_photos(folder: Path) -> list[Path]:
     if not photos:
         endings = " ".join(sorted(PHOTO_ENDINGS))
         raise SubjectError(f"{folder} holds no photos ({endings}): put 4 to 6 there, converting others such as .heic")
+    for photo in photos:
+        try:
+            str(photo).encode()  # the history and evaluate.py's results name the file
+        except UnicodeEncodeError:
+            raise SubjectError(f"the name of {os.fsencode(photo)} is not UTF-8: rename it") from None
     if unread:
         print(f"note: not read, convert them to .jpg: {', '.join(sorted(unread))}")
     return photos

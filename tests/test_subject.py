@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import struct
 import zlib
 
@@ -133,6 +134,13 @@ def test_photos_that_are_not_read_are_named(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"a phone's")
     assert [photo.name for photo in load_subject(tmp_path, "dog").photos] == ["a.jpg"]
     assert capsys.readouterr().out == "note: not read, convert them to .jpg: IMG.HEIC\n"
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    """A photo's name enters the history and the results, so it is refused."""
+    folder, name = put(tmp_path / "dog"), os.fsencode(tmp_path / "dog") + b"/caf\xe9.png"
+    os.rename(folder / "a.png", name)
+    refused(r"caf\\xe9.png' is not UTF-8: rename it", folder)
 
 
 def test_bad_folders(tmp_path, monkeypatch):
