@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 INSTANCE_PROMPT = "a photo of {V} {noun}"
 
@@ -81,8 +82,11 @@ _PEOPLE = "person man woman boy girl child baby wife husband daughter son mother
 LIVE_NOUNS = frozenset(_ANIMALS.split() + _PEOPLE.split())
 _LIFELESS = {"toy", "plush", "plushie", "stuffed", "teddy", "rubber", "hot", "figurine", "statue"}  # "teddy bear"
 
-PHOTO_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tiff"})
-UNREAD_ENDINGS = frozenset({".heic", ".heif", ".avif", ".dng", ".raw", ".cr2", ".nef", ".arw", ".gif", ".jxl"})
+_READ_BY_PILLOW = (
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .avif .gif .bmp .dib .tif .tiff .jp2 .j2k .j2c .jpc .jpf .jpx .tga "
+    ".ppm .pgm .pbm .pnm .pcx .psd .qoi .sgi"
+)
+PHOTO_ENDINGS = frozenset(_READ_BY_PILLOW.split())
 _TURNS = {  # EXIF orientation -> how to turn the photo upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -173,17 +177,16 @@ def _find_photos(folder: Path) -> list[Path]:
     except OSError as error:
         raise SubjectError(f"{folder} cannot be read ({error.strerror}): check its permissions") from None
     photos = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
-    unread = [path.name for path in files if path.suffix.lower() in UNREAD_ENDINGS]
     if not photos:
-        endings = " ".join(sorted(PHOTO_ENDINGS))
-        raise SubjectError(f"{folder} holds no photos ({endings}): put 4 to 6 there, converting others such as .heic")
+        raise SubjectError(f"{folder} holds no photos: put 4 to 6 there, as .jpg or .png; convert others such as .heic")
     for photo in photos:
         try:
             str(photo).encode()  # the history and evaluate.py's results name the file
         except UnicodeEncodeError:
             raise SubjectError(f"the name of {os.fsencode(photo)} is not UTF-8: rename it") from None
-    if unread:
-        print(f"note: not read, convert them to .jpg: {', '.join(sorted(unread))}")
+    if others := [repr(path.name) for path in files if path not in photos]:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        print(f"note: not read as photos: {', '.join(others[:5])}{more}; convert pictures to .jpg or .png")
     return photos
 
 
@@ -198,22 +201,21 @@ def load_photos(subject: Subject, size: int) -> list[Image.Image]:
     return [open_photo(photo, size) for photo in subject.photos]
 
 
-def open_photo(path: Path | str, size: int) -> Image.Image:
-    """A photo as an 8-bit RGB image of size x size pixels.
+def open_photo(path: Path | str, size: int | None = None) -> Image.Image:
+    """A photo as an 8-bit RGB image of size x size pixels, by default in its own resolution.
 
     It is turned upright by its EXIF orientation and cut to the largest centred square; the colours of its ICC profile,
     such as an iPhone's Display P3, become sRGB; transparency becomes white; it is resized with Lanczos. A JPEG of over
-    four times the size is decoded at a fraction of its scale: faster, with the same look. Raises SubjectError if the
-    file is not a whole image.
+    four times the size, or of too many pixels, is decoded at a fraction of its scale: faster, with the same look.
+    Raises SubjectError if the file is not a whole image, or has too many pixels.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # Pillow's, about metadata and many pixels
             with _open(path) as image:
-                image.draft(None, (2 * size, 2 * size))  # JPEG only: the short edge stays at least this long
-                image.load()
+                _decode(image, size or min(image.size))
                 square = _centred_square(_upright(image))
+        size = size or square.width
         return square.resize((size, size), Image.Resampling.LANCZOS)
     except Exception as error:  # for bad data Pillow raises OSError, SyntaxError, struct.error and others
         reason = " ".join(f"{error}".split()) or type(error).__name__
@@ -223,13 +225,16 @@ def open_photo(path: Path | str, size: int) -> Image.Image:
 
 
 def _open(path: Path | str) -> Image.Image:
-    """Open an image file with Pillow, which refuses PNGs with odd metadata: not here.
+    """Open an image file with Pillow, without two of its refusals: JPEGs of many pixels, PNGs with odd metadata.
 
     Of a PNG, only the pixels, transparency, colour profile and orientation are passed on: a text of over 1 MB or a
     wrong checksum in it would be an error.
     """
     with open(path, "rb") as file:
-        if file.read(8) != _PNG:
+        start = file.read(8)
+        if start.startswith(b"\xff\xd8\xff"):
+            return JpegImageFile(path)  # of any size: `_decode` checks it
+        if start != _PNG:
             return Image.open(path)
         kept, profile = BytesIO(), None
         kept.write(_PNG)
@@ -246,6 +251,19 @@ def _open(path: Path | str) -> Image.Image:
     image = Image.open(kept)
     image.info["icc_profile"] = profile
     return image
+
+
+def _decode(image: Image.Image, size: int) -> None:
+    """Decode the pixels, of a JPEG at 1, 1/2, 1/4 or 1/8 of its scale with at least 2 x size pixels a side.
+
+    A JPEG of more pixels than Pillow's limit is decoded at half its scale or less. Raises ValueError for other formats.
+    """
+    most, short = Image.MAX_IMAGE_PIXELS, min(image.size)
+    enough = 2 * size if image.width * image.height <= most else min(2 * size, short // 2)
+    image.draft(None, (enough, enough))  # does nothing for other formats
+    if image.width * image.height > most:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {most / 1e6:.0f} million")
+    image.load()
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ from PIL import Image, ImageCms
 from subject import (
     DREAMBENCH_NOUNS,
     DREAMBENCH_PROMPTS,
+    PHOTO_ENDINGS,
     TRAINING_PROMPTS,
     SubjectError,
     load_photos,
@@ -128,18 +129,30 @@ def test_photos_are_found_sorted(tmp_path):
     assert [photo.size for photo in load_photos(subject, 16)] == [(16, 16)] * len(names)
 
 
-def test_photos_that_are_not_read_are_named(tmp_path, capsys):
+@pytest.mark.parametrize("ending", sorted(PHOTO_ENDINGS - {".psd"}))  # which Pillow does not write
+def test_what_pillow_reads_is_read(tmp_path, ending):
+    image, options = Image.new("RGB", (16, 16), (200, 60, 40)), {}
+    if Image.registered_extensions()[ending] in Image.SAVE_ALL:
+        options = {"save_all": True, "append_images": [Image.new("RGB", (16, 16))]}
+    assert near(colour_of(tmp_path, image, f"a{ending.upper()}", **options), (200, 60, 40), 4)  # the first picture's
+
+
+def test_what_is_not_read_is_named(tmp_path, capsys):
     put(tmp_path, "a.jpg")
-    for name in ("IMG.HEIC", "._IMG.HEIC"):  # macOS writes the second
+    for name in ("IMG.HEIC", "._IMG.HEIC", *(f"{i}.txt" for i in range(6))):  # macOS writes the second
         (tmp_path / name).write_bytes(b"a phone's")
     assert [photo.name for photo in load_subject(tmp_path, "dog").photos] == ["a.jpg"]
-    assert capsys.readouterr().out == "note: not read, convert them to .jpg: IMG.HEIC\n"
+    note = "note: not read as photos: '0.txt', '1.txt', '2.txt', '3.txt', '4.txt' and 2 more; "
+    assert capsys.readouterr().out == note + "convert pictures to .jpg or .png\n"
 
 
-def test_a_name_that_is_not_utf_8(tmp_path):
-    """A photo's name enters the history and the results, so it is refused."""
-    folder, name = put(tmp_path / "dog"), os.fsencode(tmp_path / "dog") + b"/caf\xe9.png"
-    os.rename(folder / "a.png", name)
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+    """A photo's name enters the history and the results, so it is refused; others are only named."""
+    folder, name = put(tmp_path / "dog"), os.fsencode(tmp_path / "dog") + b"/caf\xe9"
+    with open(name + b".txt", "wb"):
+        load_subject(folder)
+    assert "'caf\\udce9.txt'" in capsys.readouterr().out
+    os.rename(folder / "a.png", name + b".png")
     refused(r"caf\\xe9.png' is not UTF-8: rename it", folder)
 
 
@@ -174,7 +187,7 @@ def test_bad_photos_are_named(tmp_path):
     contents = {"text.jpg": b"a text file", "empty.png": b"", "signature.png": whole[:8], "flat.png": png(0, 8, 2)}
     contents |= {"truncated.jpg": jpeg[: len(jpeg) // 2], "truncated.png": whole[: len(whole) // 2]}
     contents |= {"bomb.png": png(30_000, 8, 2), "big.png": png(10_000, 8, 2)}  # Pillow only warns of the second
-    reasons = {"bomb.png": "decompression bomb", "big.png": "decompression bomb"}
+    reasons = {"bomb.png": "decompression bomb", "big.png": "more than 89 million"}
     for name, content in contents.items():
         (folder / name).write_bytes(content)
         refused(f"{name} is not a usable image .*{reasons.get(name, '')}.*replace it", folder)
@@ -194,16 +207,20 @@ def test_centre_crop_then_lanczos(tmp_path):
     image = Image.effect_noise((40, 31), 80).convert("RGB")
     expected = image.crop((4, 0, 35, 31))
     assert saved(tmp_path, image, size=16).tobytes() == expected.resize((16, 16), Image.Resampling.LANCZOS).tobytes()
+    assert open_photo(tmp_path / "dog" / "a.png").tobytes() == expected.tobytes()  # in its own resolution
     image = Image.effect_noise((16, 40), 80).convert("RGB")
     assert saved(tmp_path, image, size=16).tobytes() == image.crop((0, 12, 16, 28)).tobytes()
     assert colour_of(tmp_path, Image.new("RGB", (1, 1), (10, 20, 30))) == (10, 20, 30)
 
 
-def test_48_megapixels(tmp_path):
-    image = Image.new("L", (8000, 6000))
-    image.paste(200, (1000, 0, 7000, 6000))  # exactly the centred square
+@pytest.mark.parametrize(("width", "height", "own"), [(12000, 9000, 4500), (16320, 12240, 6120)])
+def test_the_largest_photos_of_phones(tmp_path, width, height, own):
+    """108 and 200 million pixels, of which Pillow warns and which it refuses: half the scale is decoded, or less."""
+    image = Image.new("L", (width, height))
+    image.paste(200, (width // 8, 0, width - width // 8, height))  # exactly the centred square
     opened = saved(tmp_path, image, "large.jpg", 128)
     assert all(near(opened.getpixel(place), (200,) * 3, 8) for place in ((1, 1), (64, 64), (126, 126)))
+    assert open_photo(tmp_path / "dog" / "large.jpg").size == (own, own)
 
 
 def test_a_large_jpeg_looks_as_if_decoded_in_full(tmp_path):
@@ -270,6 +287,7 @@ def test_only_the_orientation_is_read_of_exif(tmp_path, name, ending, recwarn):
 
 
 LONG, XMP, RAW = b"x" * 2**21, b'<x:xmp tiff:Orientation="6"/>', b"\nexif\n  9\n" + exif(SIX).hex().encode()
+PICTURES = b"MPF\0" + exif((0xB001, 4, 1, 3), (0xB002, 7, 5, 38), end=b"short")[6:]
 UNNEEDED = {  # Pillow refuses each
     "a long text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(LONG)),
     "a long UTF-8 text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(LONG)),
@@ -279,6 +297,7 @@ UNNEEDED = {  # Pillow refuses each
     "cut values": chunk(b"pHYs", b"1") + chunk(b"gAMA", b"1") + chunk(b"cHRM", b"1") + chunk(b"sRGB", b""),
     "frames out of order": chunk(b"fcTL", struct.pack(">IIIIIHHBB", 5, 64, 64, 0, 0, 1, 1, 0, 0)),
     "a broken profile": chunk(b"iCCP", b"no end") + chunk(b"iCCP", b"p\0\0no zlib"),
+    "a JPEG's short list of pictures": b"\xff\xe2" + struct.pack(">H", len(PICTURES) + 2) + PICTURES,
 }
 ORIENTATIONS = {
     "XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP + LONG),
@@ -374,7 +393,7 @@ def test_transparency_becomes_white(tmp_path):
 @pytest.mark.parametrize(
     "image, name, options",
     [
-        *[(Image.new("RGBA", (8, 8), (90, 90, 90, 0)), f"a.{ending}", {}) for ending in ("png", "tif")],
+        *[(Image.new("RGBA", (8, 8), (90, 90, 90, 0)), f"a.{ending}", {}) for ending in ("png", "tga", "tif")],
         (Image.new("RGBA", (8, 8), (90, 90, 90, 0)), "a.webp", {"lossless": True, "exact": True}),
         (Image.new("LA", (8, 8), (90, 0)), "a.png", {}),
         (Image.new("L", (8, 8), 90), "a.png", {"transparency": 90}),
