@@ -10,7 +10,7 @@ times the same on the class images; AdamW, weight decay 0.01, constant learning 
 last weights are the result. Ours is `python -m baselines dreambooth --keep-last`, with no validation but the first and
 the last. Both: the same base, photos, prompts, number of class images, solver, steps, batch and learning rate.
 
-Both results are drawn by us, DreamBench's 25 test prompts from the same noise, and scored by metrics.py.
+Both results are drawn by us, DreamBench's 25 test prompts from the same noise, and scored by evaluate.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from baselines.dreambooth import DreamBooth
 from benchmarks import common, phases
-from metrics import Metrics
+from evaluate import Metrics
 from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
 from subject import Subject, load_photos, load_subject

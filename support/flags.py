@@ -64,7 +64,7 @@ def guarded(work: Callable[[], int | None], remedy: Callable[[], str], interrupt
         return fail(error)
     except KeyboardInterrupt as error:
         if ranks.rank() == 0:
-            print(f"\n{error or interrupted}", file=sys.stderr)
+            print(f"\n{str(error) or interrupted}", file=sys.stderr)
         return 130
 
 

@@ -27,11 +27,11 @@ def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def drawn_with(
-    steps: int, sampler: str, guidance: float, size: tuple[int, int], ckpt: Path | None, base: Path, header: dict
+    steps: int, sampler: str, guidance: float, size: int, ckpt: Path | None, base: Path, header: dict
 ) -> str:
     """How pictures were drawn, as image tools read it; `header` is the checkpoint's. The seed is to be added."""
     model = f"{ckpt.name}, Base: {base.name}, Step: {header.get('step', 'unknown')}" if ckpt else base.name
-    return f"Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance:g}, Size: {size[0]}x{size[1]}, Model: {model}"
+    return f"Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance:g}, Size: {size}x{size}, Model: {model}"
 
 
 def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:

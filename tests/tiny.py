@@ -9,9 +9,11 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 
 from model import align, clip, unet, vae
 from model.files.config import config_from
+from model.files.write import save_tensors
 from subject import TRAINING_PROMPTS
 from toy import networks
 
@@ -107,6 +109,22 @@ def write_photos(folder: Path, count: int = 3) -> Path:
         pixels = draws.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((20, 20), Image.Resampling.NEAREST).save(folder / f"{i}.png")
     return folder
+
+
+def write_ckpt(base: Path, path: Path, factor: float = 1.5, /, **header: str) -> Path:
+    """As train.py writes it: a U-Net with other weights than the base's, and a header."""
+    tensors = {name: tensor.float() * factor for name, tensor in load_file(base / "unet" / WEIGHTS).items()}
+    facts = {"base": str(base), "token": "[V]", "noun": "dog", "live": "True", "step": "40", "guidance": "3.0"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, path, facts | header)
+    return path
+
+
+def parameters(path: Path) -> dict[str, str]:
+    """What a picture's file says of it: its "prompt", and its settings by name."""
+    with Image.open(path) as picture:
+        prompt, _, settings = picture.text["parameters"].rpartition("\n")
+    return {"prompt": prompt} | dict(pair.split(": ", 1) for pair in settings.split(", "))
 
 
 def call(module, monkeypatch, *arguments) -> int:

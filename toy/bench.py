@@ -7,7 +7,7 @@
 
 Every variant trains in train.py's own loop, from the same photos, for the same number of steps, with the base's
 recommended settings. Then the 25 test prompts are drawn with the kept weights, with the same noise for every variant,
-and scored by metrics.py; nothing was chosen by these prompts. What only selects among validations (λ_val, the mean,
+and scored by evaluate.py; nothing was chosen by these prompts. What only selects among validations (λ_val, the mean,
 early stopping) uses one run's saved validations. Pictures that variants share, the negatives and the base's, are drawn
 once, and count for the seconds of each.
 
@@ -38,7 +38,7 @@ from tqdm import tqdm
 import train
 from baselines.dpg import DPG
 from baselines.dreambooth import DreamBooth
-from metrics import Metrics
+from evaluate import Metrics
 from model.files.tensors import read_tensors
 from model.files.write import save_tensors, write_atomic
 from model.stable_diffusion import PRECISIONS, StableDiffusion, recommended

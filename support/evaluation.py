@@ -1,0 +1,220 @@
+"""The work of evaluate.py around the scores: its flags, the plan of a subject, the walk over DreamBench's subjects."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.files.config import read_json
+from model.files.errors import CheckpointError, is_out_of_memory
+from model.files.single_file import CONFIG_KEY
+from model.files.tensors import read_metadata
+from model.stable_diffusion import check_layout, home_of
+from subject import DREAMBENCH_NOUNS, Subject, load_subject
+from support import flags, ranks
+from support.header import base_name, base_of, digest, files_of_base, steps_and_guidance
+from support.pictures import check_page
+from support.results import check_writable, warn_if_unfinished, write_json
+from support.settings import checked, count, fraction, positive, seed_number
+
+
+@dataclass(frozen=True)
+class Job:
+    """One subject to evaluate, checked as far as possible without a network."""
+
+    subject: Subject
+    ckpt: Path | None
+    header: dict[str, str]  # the checkpoint's
+    base: tuple[Path, str | None, str | None]  # the base, its variant and prediction type
+    folders: dict[str, Path]  # the metrics' networks: clip, dino, align
+    settings: dict  # equal settings give equal results
+    out: Path  # the folder of the pictures
+    result: Path  # the JSON file
+
+    def done(self, metrics: Iterable[str]) -> dict | None:
+        """The content of the JSON file, if it is complete, has these metrics and these settings, and its pictures."""
+        with suppress(CheckpointError, KeyError, TypeError, AttributeError):
+            result = read_json(self.result)
+            complete = len(result["images"]) == len(self.subject.test_prompts) * self.settings["n"]
+            drawn = all((self.out / row["file"]).is_file() for row in result["images"])
+            equal = result["settings"] == self.settings and result["means"].keys() == set(metrics)
+            return result if complete and drawn and equal else None
+        return None
+
+    def write(self, kinds: dict[str, str], means: dict, columns: dict[str, list]) -> dict:
+        """Write the JSON file and return its content. kinds: what each network is. columns: a value a picture."""
+        result = {
+            "subject": str(self.subject.folder),
+            "pictures": str(self.out),
+            "settings": self.settings,
+            "training": {name: value for name, value in sorted(self.header.items()) if name != CONFIG_KEY},
+            "scored_text": f"the prompt without the token {self.subject.token}",
+            "networks": {name: f"{_shown(self.folders[name])}, {kind}" for name, kind in kinds.items()},
+            "means": means,
+            "images": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        }
+        write_json(self.result, result)
+        return result
+
+
+def _shown(folder: Path) -> str:
+    """The folder as seen from the project, if it is in there: "weights/toy/metrics/dino"."""
+    folder, project = folder.resolve(), flags.EMBEDDED_BASE.resolve().parent.parent
+    return (folder.relative_to(project) if folder.is_relative_to(project) else folder).as_posix()
+
+
+# ------------------------------------------------------------------------------------------------------ flags and plans
+
+
+def parse(description: str) -> argparse.Namespace:
+    """The command line of evaluate.py."""
+    parser = flags.Parser(description=description)
+    add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--subject", type=flags.path, help="a folder with the subject's photos")
+    what.add_argument("--dreambench", type=flags.path, metavar="FOLDER", help="the public data set, a folder a subject")
+    add("--ckpt", type=flags.text, help="of train.py; --dreambench puts names for {subject} (default: the base alone)")
+    add("--noun", type=flags.text, help="what it is; a checkpoint's own wins (default: from the folder's name)")
+    add("--live", action=argparse.BooleanOptionalAction, help="living, or a thing; a checkpoint's own wins")
+    add("--token", type=flags.text, help="the unique token; a checkpoint's own wins (default: [V])")
+    flags.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
+    for name in ("clip", "dino", "align"):
+        add(f"--{name}", type=flags.path, metavar="FOLDER", help="the folder of this network (default: the base's)")
+    add("--lambda-val", type=fraction, help="λ of the λ-Harmonic reward (default: the checkpoint's, or 0.3)")
+    add("--n", type=count, default=4, help="images a prompt (default: %(default)s, as published)")
+    add("--seed", type=seed_number, default=0, help="fixes every image (default: %(default)s)")
+    add("--steps", type=count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
+    add("--guidance", type=positive, help="classifier-free guidance (default: as in training, or the base's)")
+    add("--batch", type=count, help="images at a time; changes no image (default: what fits, 8 on a CPU)")
+    add("--out", type=flags.path, help="the folder for the pictures (default: the checkpoint's name and .eval)")
+    flags.add_machine_flags(parser)
+    args = parser.parse_args()
+    if args.dreambench and args.ckpt and "{subject}" not in args.ckpt:
+        parser.error('--ckpt should hold {subject} for --dreambench, such as "runs/{subject}/best.safetensors"')
+    if args.ckpt == "":
+        parser.error("--ckpt is empty: leave it out for the base alone")
+    if args.dreambench and (args.noun or args.live is not None):
+        parser.error("--noun and --live are for --subject: --dreambench knows its subjects")
+    if args.subject and ranks.world_size() > 1:
+        parser.error("--subject is work for one process: leave torchrun out, or share many out with --dreambench")
+    return args
+
+
+def plan(args: argparse.Namespace) -> Job:
+    """The job of --subject."""
+    ckpt = Path(args.ckpt) if args.ckpt else None
+    stem = ckpt.with_suffix("") if ckpt else Path(f"{_base_alone(args)}-{args.subject.resolve().name}")
+    return _plan(args, args.subject, ckpt, stem, args.out)
+
+
+def place(args: argparse.Namespace, name: str) -> Path:
+    """The checkpoint of one subject of --dreambench; without --ckpt, where its results go but for the ending."""
+    return Path((args.ckpt or f"{_base_alone(args)}/{{subject}}").replace("{subject}", name))
+
+
+def _base_alone(args: argparse.Namespace) -> str:
+    """The name of results without a checkpoint: "base-toy", "base-sd15"."""
+    base = Path(os.path.abspath(args.base or flags.EMBEDDED_BASE))  # "." has no name
+    return f"base-{base.stem if base.is_file() else base.name}"
+
+
+def _plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, out: Path | None) -> Job:
+    """Check a subject's files and settings. Raises ValueError or OSError for what cannot be used."""
+    header = read_metadata(ckpt) if ckpt else {}
+    warn_if_unfinished(ckpt)
+    base = base_of(args, ckpt, header)
+    check_layout(base[0])
+    home = home_of(base[0])
+    folders = {"clip": args.clip or home / "metrics" / "clip", "dino": args.dino or home / "metrics" / "dino"}
+    folders["align"] = args.align or home / "reward"
+    for name, path in folders.items():
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is missing, which should hold {name.upper()}: name its folder with --{name}")
+    subject = _subject(args, folder, ckpt, header)
+    settings = _settings(args, subject, ckpt, header, base)
+    out, result = out or Path(f"{stem}.eval"), Path(f"{stem}.eval.json")
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"--out {out} is the folder of the photos: give another one")
+    check_page(out)
+    check_writable(result)
+    files = {"ckpt": [ckpt] if ckpt else [], "base": files_of_base(base[0]), "photos": subject.photos}
+    files |= {name: [path] for name, path in folders.items()}
+    settings["files"] = {name: digest(paths) for name, paths in files.items()}
+    return Job(subject, ckpt, header, base, folders, settings, out, result)
+
+
+def _settings(args: argparse.Namespace, subject: Subject, ckpt: Path | None, header: dict, base: tuple) -> dict:
+    """What decides the numbers, apart from the files' content: flags, else the header, else the base, else defaults."""
+    steps, guidance = steps_and_guidance(args, ckpt, header, base[0])
+    size = checked(count, header, "resolution", ckpt) if "resolution" in header else None  # the base's own
+    lambda_val = checked(fraction, {"lambda_val": 0.3} | header, "lambda_val", ckpt)
+    settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
+    settings |= {"guidance": guidance, "steps": steps, "size": size}
+    settings["lambda_val"] = lambda_val if args.lambda_val is None else args.lambda_val
+    settings |= {"ckpt": ckpt.name if ckpt else None, "base": base_name(base[0])}
+    return settings | {"variant": base[1], "prediction_type": base[2], "precision": args.precision}
+
+
+def _subject(args: argparse.Namespace, folder: Path, ckpt: Path | None, header: dict[str, str]) -> Subject:
+    """The subject as the checkpoint's header describes it; the flags or the folder's name say what the header does not.
+
+    Prints a note where a flag, or the name of one of DreamBench's folders, contradicts the header.
+    """
+    if header.get("live", "True") not in ("True", "False"):
+        raise CheckpointError(f"{ckpt} is wrong about live: {header['live']!r} should be True or False")
+    live = header["live"] == "True" if "live" in header else args.live
+    token = header.get("token", args.token or "[V]")
+    subject = load_subject(folder, header.get("noun", args.noun), live, token)
+    noun = args.noun or DREAMBENCH_NOUNS.get(folder.name.lower())
+    for name, ours in {"noun": noun, "live": args.live, "token": args.token}.items():
+        if ours not in (None, trained := getattr(subject, name)):
+            print(f"note: {ckpt} was trained with {name} {trained}, which is used, not {ours}")
+    return subject
+
+
+# ------------------------------------------------------------------------------------------------------- DreamBench
+
+
+def walk(
+    args: argparse.Namespace, evaluate: Callable[[Job], dict], metrics: Iterable[str], remedy: str
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Evaluate every subject of DreamBench that --dreambench holds; a failure is reported and does not stop the rest.
+
+    evaluate: returns the content of a job's JSON file. remedy: what to try when the memory is full. Several processes
+    share the subjects. Returns, in every process, the means of each subject, and the errors of those that failed.
+    """
+    names = [name for name in DREAMBENCH_NOUNS if (args.dreambench / name).is_dir()]
+    if not names:
+        raise ValueError(f"{args.dreambench} holds no subject of DreamBench: give google/dreambooth's folder dataset")
+    print(f"{len(names)} of DreamBench's {len(DREAMBENCH_NOUNS)} subjects are in {args.dreambench}")
+    jobs, means, failed = {}, {}, {}
+    for name in names[ranks.rank() :: ranks.world_size()]:  # all plans first: an error is known before any drawing
+        with _reported(name, failed, remedy):
+            path, out = place(args, name), args.out and args.out / name
+            jobs[name] = _plan(args, args.dreambench / name, path if args.ckpt else None, path.with_suffix(""), out)
+    for name, job in jobs.items():
+        with _reported(name, failed, remedy):
+            before = job.done(metrics)
+            means[name] = {key: value["mean"] for key, value in (before or evaluate(job))["means"].items()}
+            print(f"{name}: {'done before' if before else 'done'}, {job.result}", flush=True)
+    return _gathered(means, names), _gathered(failed, names)
+
+
+@contextmanager
+def _reported(name: str, failed: dict[str, str], remedy: str) -> Iterator[None]:
+    """Print an error of one subject, and put it into `failed`."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        failed[name] = f"the memory is full: {remedy}" if is_out_of_memory(error) else " ".join(str(error).split())
+        print(f"{name}: error: {failed[name]}", file=sys.stderr)
+
+
+def _gathered(part: dict, names: list[str]) -> dict:
+    """The dictionaries of all processes as one, in the order of `names`."""
+    everything = dict(ranks.gather(list(part.items())))
+    return {name: everything[name] for name in names if name in everything}
