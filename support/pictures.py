@@ -15,15 +15,36 @@ from subject import PHOTO_ENDINGS, visible_files
 from support.results import check_writable
 
 GAP, INK, PAPER, KEPT = 4, (40, 40, 40), (255, 255, 255), (24, 140, 60)
+PAGE = 8000  # the longest side of a page in pixels: many programs cannot open a larger one
+ROWS = 60  # the most validations of a film strip
 
 
 def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size on a page, row by row."""
-    side = max(max(picture.size) for picture in pictures)
-    page = Image.new("RGB", (columns * (side + GAP) + GAP, -(-len(pictures) // columns) * (side + GAP) + GAP), PAPER)
+    """Square pictures of one size on a page, row by row, `columns` of each prompt.
+
+    If a side would exceed PAGE, a row holds several prompts, or a prompt takes several rows, or the pictures are made
+    smaller: the layout with the largest pictures is taken.
+    """
+    count, largest = len(pictures), pictures[0].width
+
+    def rows_at(wide: int) -> int:
+        return -(-count // wide) if wide >= columns else -(-count // columns) * -(-columns // wide)
+
+    def side_at(wide: int) -> int:
+        return min(largest, *((PAGE - GAP) // cells - GAP for cells in (wide, rows_at(wide))))
+
+    wide = max([*range(columns, 0, -1), *range(2 * columns, count + 1, columns)], key=side_at)  # `columns`, if it fits
+    side, group = side_at(wide), max(wide, columns)
+    page = Image.new("RGB", (wide * (side + GAP) + GAP, rows_at(wide) * (side + GAP) + GAP), PAPER)
     for i, picture in enumerate(pictures):
-        page.paste(picture, (GAP + i % columns * (side + GAP), GAP + i // columns * (side + GAP)))
+        row, column = divmod(i % group, wide)
+        row += i // group * -(-group // wide)
+        page.paste(_resized(picture, side), (GAP + column * (side + GAP), GAP + row * (side + GAP)))
     return page
+
+
+def _resized(picture: Image.Image, side: int) -> Image.Image:
+    return picture.resize((side, side), Image.Resampling.LANCZOS) if picture.width != side else picture
 
 
 def drawn_with(
@@ -94,27 +115,36 @@ def film_strip(
     largest: int = 192,
 ) -> Image.Image:
     """A run at a glance: the reference photos on top, then a row a validation (step, reward, a picture a prompt), and
-    the prompts above the columns; the row of the step `kept` is framed. Pictures are at most `largest` pixels wide."""
-    side = min(largest, references[0].width)
-    margin, font = 104, ImageFont.load_default(12)
-    columns, head = max(len(prompts), len(references)), 66
-    width, height = margin + columns * (side + GAP), (1 + len(rows)) * (side + GAP) + head + 2 * GAP
-    page = Image.new("RGB", (width, height), PAPER)
+    the prompts above the columns; the row of the step `kept` is framed.
+
+    Pictures are at most `largest` pixels wide, less if the page would exceed PAGE. Of more than ROWS validations it
+    shows every second, or third, ..., the kept one and the last.
+    """
+    every = -(-len(rows) // ROWS)
+    rows = [row for i, row in enumerate(rows) if i % every == 0 or row[0] == kept or i == len(rows) - 1]
+    margin, head, font = 104, 66 + 2 * GAP, ImageFont.load_default(12)
+    columns = max(len(prompts), min(len(references), 8))
+    bands = -(-len(references) // columns)  # rows of photos
+    side = min(largest, references[0].width, (PAGE - margin) // columns - GAP)
+    side = min(side, (PAGE - head) // (bands + len(rows)) - GAP)
+    size = margin + columns * (side + GAP), head + (bands + len(rows)) * (side + GAP)
+    page = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(page)
 
     def place(pictures: Sequence[Image.Image], top: int, label: str, ink: tuple[int, int, int] = INK) -> None:
         pen.multiline_text((8, top + side // 2 - 22), label, ink, font)
         for i, picture in enumerate(pictures):
-            page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (margin + i * (side + GAP), top))
+            row, column = divmod(i, columns)
+            page.paste(_resized(picture, side), (margin + column * (side + GAP), top + row * (side + GAP)))
 
     place(references, GAP, "your photos")
     for i, prompt in enumerate(prompts):
         text = textwrap.fill(prompt, max(8, side // 7))
-        pen.multiline_text((margin + i * (side + GAP), side + 3 * GAP), text, INK, font, spacing=1)
+        pen.multiline_text((margin + i * (side + GAP), bands * (side + GAP) + 2 * GAP), text, INK, font, spacing=1)
     for i, (step, reward, pictures) in enumerate(rows):
-        top, name = head + (i + 1) * (side + GAP) + GAP, "the base" if step == 0 else f"step {step}"
+        top, name = head - GAP + (bands + i) * (side + GAP), "the base" if step == 0 else f"step {step}"
         label = f"{name}\nreward\n{reward:.4f}" + ("\nKEPT" if step == kept else "")
         place(pictures, top, label, KEPT if step == kept else INK)
         if step == kept:
-            pen.rectangle((1, top - 3, width - 1, top + side + 2), outline=KEPT, width=3)
+            pen.rectangle((1, top - 3, page.width - 1, top + side + 2), outline=KEPT, width=3)
     return page

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from support.pictures import GAP, KEPT, PAPER, check_page, film_strip, grid, save_png
+from support.pictures import GAP, KEPT, PAGE, PAPER, check_page, film_strip, grid, save_png
 
 
 def plain(*colour, side=16):
@@ -27,6 +27,25 @@ def test_grid():
     assert page.getpixel((12 + 40, 32)) == PAPER and page.getpixel((0, 0)) == PAPER
 
 
+@pytest.mark.parametrize(
+    ("prompts", "n", "side", "wide", "shown"),
+    [
+        (25, 4, 512, 8, 512),  # two prompts a row
+        (2, 21, 512, 15, 512),  # two rows a prompt, the second not full
+        (4, 200, 320, 29, 271),  # smaller
+        (200, 1, 512, 14, 512),
+    ],
+)
+def test_a_large_grid_is_wrapped(prompts, n, side, wide, shown):
+    """Every picture is found in its place by its colour."""
+    colours = [(i % 256, i // 256, 99) for i in range(prompts * n)]
+    page, cell, group = grid([plain(*colour, side=side) for colour in colours], n), shown + GAP, max(wide, n)
+    assert max(page.size) <= PAGE and page.width == wide * cell + GAP
+    for i, colour in enumerate(colours):
+        row, column = i // group * -(-group // wide) + i % group // wide, i % group % wide
+        assert page.getpixel((GAP + column * cell + shown // 2, GAP + row * cell + shown // 2)) == colour
+
+
 @pytest.mark.parametrize("side", [16, 128, 512])
 def test_film_strip_has_the_photos_and_a_row_a_validation(side):
     """Each picture is found in its row and column by its colour; the kept row alone has the frame."""
@@ -48,3 +67,15 @@ def test_film_strip_has_the_photos_and_a_row_a_validation(side):
     assert shown <= len(framed) <= shown + 8
     without = film_strip(["p"] * 8, photos, rows, None)
     assert all(without.getpixel((page.width - 2, y)) != KEPT for y in range(page.height))
+
+
+@pytest.mark.parametrize(("photos", "validations"), [(200, 11), (1000, 3), (5, 401)])
+def test_a_long_film_strip_is_wrapped(photos, validations):
+    """All photos are there, and of many validations the first, the kept one and the last."""
+    references = [plain(250, i % 256, i // 256, side=192) for i in range(photos)]
+    rows = [(step, 0.5, [plain(step % 256, step // 256, 200, side=16)] * 8) for step in range(validations)]
+    page = film_strip(["a [V] dog"] * 8, references, rows, validations - 4)
+    assert max(page.size) <= PAGE
+    colours = {colour for _, colour in page.getcolors(page.width * page.height)}
+    assert {picture.getpixel((0, 0)) for picture in references} <= colours
+    assert {(step % 256, step // 256, 200) for step in (0, validations - 4, validations - 1) if step >= 0} <= colours
