@@ -160,7 +160,8 @@ class Evaluator:
         with tqdm(total=len(prompts), desc=title, unit="image", leave=False, delay=0.1, disable=quiet) as bar:
             place = {"size": settings["size"], "batch_size": self.batch, "on_batch": bar.update}
             images = self.sd.generate(prompts, seeds, **options, **place)
-        text = drawn_with(**options, size=images[0].width, ckpt=job.ckpt, base=job.base[0], header=job.header)
+        about = {"ckpt": job.ckpt, "base": job.base[0], "header": job.header}
+        text = drawn_with(self.sd.unet, **options, size=images[0].width, **about)
         files = picture_names(prompts, seeds)
         for file, image, prompt, seed in zip(files, images, prompts, seeds, strict=True):
             save_png(image, job.out / file, prompt, text, seed)

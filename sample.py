@@ -63,7 +63,7 @@ def draw(args: argparse.Namespace, sd: StableDiffusion, options: dict, base: Pat
     prompts = list(dict.fromkeys(args.prompt or [text.format(subject=subject) for text in DEFAULT_PROMPTS]))
     flags.warn_of_truncation(sd.tokenizer, prompts)
     size = args.size or checked(count, {"resolution": sd.image_size} | header, "resolution", args.ckpt)
-    settings = drawn_with(**options, size=size, ckpt=args.ckpt, base=base, header=header)
+    settings = drawn_with(sd.unet, **options, size=size, ckpt=args.ckpt, base=base, header=header)
 
     texts = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in prompts for i in range(args.n)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -11,11 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from model.files.write import write_atomic
+from model.lora import lora_of
+from model.unet import UNet
 from subject import PHOTO_ENDINGS, visible_files
 from support.results import check_writable
 
 GAP, INK, PAPER, KEPT = 4, (40, 40, 40), (255, 255, 255), (24, 140, 60)
 PAGE = 8000  # the longest side of a page in pixels: many programs cannot open a larger one
+# As A1111 and ComfyUI call the same samplers. They have another DDPM, so ours gets a name that they do not know.
+SAMPLER_NAMES = {"dpm++": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM (rpo)"}
 ROWS = 60  # the most validations of a film strip
 
 
@@ -48,11 +53,23 @@ def _resized(picture: Image.Image, side: int) -> Image.Image:
 
 
 def drawn_with(
-    steps: int, sampler: str, guidance: float, size: int, ckpt: Path | None, base: Path, header: dict
+    unet: UNet, steps: int, sampler: str, guidance: float, size: int, ckpt: Path | None, base: Path, header: dict
 ) -> str:
-    """How pictures were drawn, as image tools read it; `header` is the checkpoint's. The seed is to be added."""
-    model = f"{ckpt.name}, Base: {base.name}, Step: {header.get('step', 'unknown')}" if ckpt else base.name
-    return f"Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance:g}, Size: {size}x{size}, Model: {model}"
+    """How pictures were drawn, as A1111 and ComfyUI read it; the seed is to be added. header: the checkpoint's.
+
+    If the checkpoint is a LoRA, which `unet` shows, the model is the base, and the LoRA is named apart.
+    """
+    names = {"Model": base.absolute().name}
+    if ckpt:
+        names = names | {"LoRA": ckpt.name} if lora_of(unet) else {"Model": ckpt.name, "Base": names["Model"]}
+        names["Step"] = header.get("step", "unknown")
+    text = f"Steps: {steps}, Sampler: {SAMPLER_NAMES[sampler]}, CFG scale: {guidance:g}, Size: {size}x{size}"
+    return ", ".join([text, *(f"{key}: {_quoted(name)}" for key, name in names.items())])
+
+
+def _quoted(name: str) -> str:
+    """A JSON string if the name has a character that separates settings."""
+    return json.dumps(name, ensure_ascii=False) if re.search(r'[,:"\n]', name) else name
 
 
 def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
@@ -84,12 +101,13 @@ def _is_ours(path: Path) -> bool:
 
 
 def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed: int) -> None:
-    """A PNG that says in the text chunk "parameters" how it was drawn; settings: from `drawn_with`.
+    """A PNG with a text "parameters" that says how it was drawn; settings: from `drawn_with`.
 
     Raises ValueError if it cannot be written.
     """
     info = PngInfo()
-    info.add_text("parameters", f"{prompt}\n{settings}, Seed: {seed}")
+    # ComfyUI reads nothing without a line for the negative prompt.
+    info.add_text("parameters", f"{prompt}\nNegative prompt:\n{settings}, Seed: {seed}")
     write_atomic(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
 
 

@@ -16,6 +16,7 @@ from tiny import WEIGHTS, call, error_line, files_in, parameters, write_base, wr
 
 import sample
 from model.files.write import save_tensors
+from model.lora import add_lora, lora_tensors
 from model.stable_diffusion import StableDiffusion
 from support import flags
 
@@ -136,13 +137,33 @@ def test_options_reach_the_pictures(run, base):
     assert pixels("batch")["a-dog-0.png"] == plain
 
 
-def test_png_carries_its_settings(run, ckpt, elsewhere):
-    path = shutil.copy(ckpt, elsewhere / "{best}.safetensors")
+def test_png_carries_its_settings(run, base, ckpt, elsewhere):
+    path = shutil.copy(ckpt, elsewhere / '{my}, "dog": 犬.safetensors')
     assert run("--ckpt", path, "--prompt", "a {V} dog, été ❄", "--seed", 3, "--steps", 2) == 0
     (name,) = set(files_in(Path("outputs"))) - {"grid.png"}
-    expected = {"prompt": "a {V} dog, été ❄", "Steps": "2", "Sampler": "dpm++", "CFG scale": "3", "Size": "16x16"}
-    expected |= {"Model": "{best}.safetensors", "Base": "base", "Step": "40", "Seed": "3"}
+    expected = {"prompt": "a {V} dog, été ❄", "Steps": "2", "Sampler": "DPM++ 2M", "CFG scale": "3", "Size": "16x16"}
+    expected |= {"Model": path.name, "Base": "base", "Step": "40", "Seed": "3"}
     assert parameters(Path("outputs") / name) == expected == parameters(Path("outputs/grid.png"))
+    # A LoRA is no checkpoint for other tools: its base is the model.
+    unet = StableDiffusion.from_pretrained(base).unet
+    add_lora(unet, 2, generator=torch.Generator().manual_seed(0))
+    save_tensors(lora_tensors(unet), elsewhere / "lora.safetensors", {"base": str(base), "step": "8"})
+    assert run("--ckpt", elsewhere / "lora.safetensors", *DOG, "--out", "lora") == 0
+    text = parameters(Path("lora/a-dog-0.png"))
+    assert (text["Model"], text["LoRA"], text["Step"]) == ("base", "lora.safetensors", "8") and "Base" not in text
+
+
+@pytest.mark.parametrize(("sampler", "client"), [("dpm++", "dpmpp_2m"), ("ddim", "ddim"), ("ddpm", None)])
+def test_comfyui_reads_the_png(run, base, sampler, client):
+    """The steps of its importer, web/scripts/pnginfo.js, importA1111."""
+    assert run("--base", base, *DOG, "--scheduler", sampler) == 0
+    text = Image.open("outputs/a-dog-0.png").text["parameters"]
+    at = text.rindex("\nSteps:")
+    negative = text.rindex("\nNegative prompt:", 0, at)
+    assert text[:negative].strip() == "a dog" and text[negative + 18 : at].strip() == ""
+    name = parameters(Path("outputs/a-dog-0.png"))["Sampler"].lower().replace("++", "pp").replace(" ", "_")
+    known = {"euler", "dpmpp_2m", "dpmpp_sde", "ddpm", "ddim", "uni_pc"}
+    assert {name} & known == ({client} if client else set())
 
 
 # ---------------------------------------------------------------------------------------------- odd prompts

@@ -1,6 +1,7 @@
 """A tiny random base model and a tiny subject on disk, for the tests of the commands: a whole run takes a second."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -121,10 +122,12 @@ def write_ckpt(base: Path, path: Path, factor: float = 1.5, /, **header: str) ->
 
 
 def parameters(path: Path) -> dict[str, str]:
-    """What a picture's file says of it: its "prompt", and its settings by name."""
+    """What a picture's file says of it, as A1111 reads it: its "prompt", and its settings by name."""
     with Image.open(path) as picture:
-        prompt, _, settings = picture.text["parameters"].rpartition("\n")
-    return {"prompt": prompt} | dict(pair.split(": ", 1) for pair in settings.split(", "))
+        *lines, settings = picture.text["parameters"].split("\n")
+    assert lines.pop() == "Negative prompt:"
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', settings)
+    return {"prompt": "\n".join(lines)} | {k: json.loads(v) if v.startswith('"') else v for k, v in pairs}
 
 
 def call(module, monkeypatch, *arguments) -> int:
