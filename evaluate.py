@@ -31,7 +31,7 @@ from reward import Reward, lambda_harmonic, strip_token, unit_features
 from subject import open_photo
 from support import evaluation, flags, machine, ranks
 from support.evaluation import Job
-from support.pictures import drawn_with, grid, picture_names, save_png
+from support.pictures import drawn_with, grid, picture_name, save_png
 from support.randomness import TEST, picture_seeds
 from support.results import check_writable, write_json
 
@@ -160,11 +160,11 @@ class Evaluator:
         with tqdm(total=len(prompts), desc=title, unit="image", leave=False, delay=0.1, disable=quiet) as bar:
             place = {"size": settings["size"], "batch_size": self.batch, "on_batch": bar.update}
             images = self.sd.generate(prompts, seeds, **options, **place)
-        about = {"ckpt": job.ckpt, "base": job.base[0], "header": job.header}
-        text = drawn_with(self.sd.unet, **options, size=images[0].width, **about)
-        files = picture_names(prompts, seeds)
-        for file, image, prompt, seed in zip(files, images, prompts, seeds, strict=True):
-            save_png(image, job.out / file, prompt, text, seed)
+        about = {"size": images[0].width, "ckpt": job.ckpt, "base": job.base[0], "header": job.header}
+        text, files = drawn_with(self.sd.unet, **options, **about), []
+        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
+            path = job.out / picture_name(prompt, seed)
+            files.append(save_png(image, path, prompt, text, seed).name)
         page = grid(images, settings["n"])
         save_png(page, job.out / "grid.png", "\n".join(job.subject.test_prompts), text, seeds[0])
         return images, files

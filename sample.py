@@ -4,7 +4,8 @@
     python sample.py --ckpt best.safetensors --prompt "a [V] dog wearing a santa hat in the snow" --n 8 --seed 7
     python sample.py --prompt "a cat on the Moon"                         # the embedded base itself
 
-Writes a PNG a picture, with its settings in the text "parameters" that image tools read, and a grid of all.
+Writes a PNG a picture, with its settings in the text "parameters" that image tools read, and a grid of all. A different
+picture of the same name stays: the new one gets a number.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
 from support import flags, machine
 from support.export import check_export, export_single_file
 from support.header import base_of, steps_and_guidance
-from support.pictures import check_page, drawn_with, grid, picture_names, save_png
+from support.pictures import check_folder, drawn_with, grid, picture_name, save_png
 from support.results import warn_if_unfinished
 from support.settings import checked, count, positive, seed_number
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         export_single_file(load(args, base, torch.device("cpu")), args.export_single, header)
         print(f"{args.export_single}: U-Net, VAE and text encoder in one file, in half precision")
         return
-    check_page(args.out)
+    check_folder(args.out)
     steps, guidance = steps_and_guidance(args, args.ckpt, header, base[0])
     sd = load(args, base, flags.device(args.device))
     draw(args, sd, {"steps": steps, "guidance": guidance, "sampler": args.scheduler}, base[0], header)
@@ -67,7 +68,6 @@ def draw(args: argparse.Namespace, sd: StableDiffusion, options: dict, base: Pat
 
     texts = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in prompts for i in range(args.n)]
-    names = picture_names(texts, seeds)
     batch = args.batch or sd.drawing_batch(size)
     pictures = []
     try:
@@ -75,14 +75,14 @@ def draw(args: argparse.Namespace, sd: StableDiffusion, options: dict, base: Pat
             for start in range(0, len(texts), batch):
                 part = slice(start, start + batch)
                 drawn = sd.generate(texts[part], seeds[part], **options, size=size, batch_size=batch)
-                for picture, name, text, seed in zip(drawn, names[part], texts[part], seeds[part], strict=True):
-                    save_png(picture, args.out / name, text, settings, seed)
+                for picture, text, seed in zip(drawn, texts[part], seeds[part], strict=True):
+                    save_png(picture, args.out / picture_name(text, seed), text, settings, seed)
                 pictures += drawn
                 bar.update(len(drawn))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted: {len(pictures)} of {len(texts)} pictures are in {args.out}") from None
-    save_png(grid(pictures, args.n), args.out / "grid.png", "\n".join(prompts), settings, args.seed)
-    print(f"{len(pictures)} pictures in {args.out}, all on one page in {args.out / 'grid.png'}")
+    page = save_png(grid(pictures, args.n), args.out / "grid.png", "\n".join(prompts), settings, args.seed)
+    print(f"{len(pictures)} pictures in {args.out}, all on one page in {page}")
 
 
 def main() -> int:

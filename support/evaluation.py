@@ -18,7 +18,7 @@ from model.stable_diffusion import check_layout, home_of
 from subject import DREAMBENCH_NOUNS, Subject, load_subject
 from support import flags, ranks
 from support.header import base_name, base_of, digest, files_of_base, steps_and_guidance
-from support.pictures import check_page
+from support.pictures import check_folder
 from support.results import check_writable, warn_if_unfinished, write_json
 from support.settings import checked, count, fraction, positive, seed_number
 
@@ -139,7 +139,7 @@ def _plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path,
     out, result = out or Path(f"{stem}.eval"), Path(f"{stem}.eval.json")
     if out.resolve() == folder.resolve():
         raise ValueError(f"--out {out} is the folder of the photos: give another one")
-    check_page(out)
+    check_folder(out)
     check_writable(result)
     files = {"ckpt": [ckpt] if ckpt else [], "base": files_of_base(base[0]), "photos": subject.photos}
     files |= {name: [path] for name, path in folders.items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+import unicodedata
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -72,57 +74,76 @@ def _quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False) if re.search(r'[,:"\n]', name) else name
 
 
-def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """A file name for each picture of a page, after its prompt and seed."""
-    stems = file_names(list(dict.fromkeys(prompts)))
-    return [f"{stems[prompt]}-{seed}.png" for prompt, seed in zip(prompts, seeds, strict=True)]
+def picture_name(prompt: str, seed: int) -> str:
+    """A file name after the prompt's letters and digits, of any script: "a-V-dog-in-the-snow-7.png".
 
-
-def check_page(folder: Path) -> None:
-    """Raise ValueError if grid.png cannot be written there, or would replace a picture that we have not made.
-
-    A folder without grid.png is refused if there are photos: the next training would take our pictures for more.
+    Different prompts may have the same name; `save_png` keeps their pictures apart.
     """
-    path = folder / "grid.png"
-    check_writable(path)
-    if path.is_file():
-        if not _is_ours(path):
-            raise ValueError(f"{path} is a picture of yours, and would be replaced: give another --out")
+    kept = ""
+    for char in prompt:
+        kind = unicodedata.category(char)[0]
+        is_part = kind in "LN" or (kind == "M" and kept[-1:].strip())  # a mark, such as an accent, follows a letter
+        kept += char if is_part else " "
+    stem = "-".join(kept.split()).encode()[:120].decode(errors="ignore").strip("-")  # file systems allow 255 bytes
+    return f"{stem or 'empty'}-{seed}.png"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if pictures cannot be written there, or if it is a folder of the user's photos.
+
+    The next training would take our pictures for photos. A folder that has a grid of ours holds our pictures.
+    """
+    check_writable(folder / "grid.png")
+    if not folder.is_dir() or any(map(_is_ours, folder.glob("grid*.png"))):
         return
-    for photo in visible_files(folder) if folder.is_dir() else []:
+    for photo in visible_files(folder):
         strip = photo.with_suffix(".jsonl").is_file()  # the film strip of a run
         if photo.suffix.lower() in PHOTO_ENDINGS and photo.is_file() and not strip and not _is_ours(photo):
             raise ValueError(f"{photo} is a picture of yours, and {folder} no place for ours: give another --out")
 
 
 def _is_ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
-        return b"parameters\0" in file.read(1024)  # not with Pillow, to which our large pages are bombs
+        return b"parameters\0" in file.read(1024)  # not with Pillow, which refuses large pages
 
 
-def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed: int) -> None:
-    """A PNG with a text "parameters" that says how it was drawn; settings: from `drawn_with`.
+def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed: int) -> Path:
+    """Save a PNG with a text "parameters" that says how it was drawn; settings: from `drawn_with`. Returns its path.
 
-    Raises ValueError if it cannot be written.
+    A different file at `path` stays: the new one gets a number, NAME-2.png. The same picture with the same text is
+    saved once. Raises ValueError if it cannot be written.
     """
-    info = PngInfo()
+    info, stream = PngInfo(), BytesIO()
     # ComfyUI reads nothing without a line for the negative prompt.
     info.add_text("parameters", f"{prompt}\nNegative prompt:\n{settings}, Seed: {seed}")
-    write_atomic(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
-
-
-def file_names(prompts: list[str]) -> dict[str, str]:
-    """A valid file name for each prompt, no two alike: "a [V] dog in the snow" -> "a-V-dog-in-the-snow"."""
-    names, taken = {}, set()
-    for prompt in prompts:
-        name = stem = re.sub(r"[^A-Za-z0-9]+", "-", prompt).strip("-")[:80] or "empty"
-        number = 1
-        while name.lower() in taken:  # lower: some file systems do not tell a from A
+    picture.save(stream, "PNG", pnginfo=info)
+    data, place, number = stream.getvalue(), path, 1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not _reserve(place):
+            if place.is_file() and place.read_bytes() == data:
+                return place
             number += 1
-            name = f"{stem}-{number}"
-        taken.add(name.lower())
-        names[prompt] = name
-    return names
+            place = path.with_stem(f"{path.stem}-{number}")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error})") from None
+    try:
+        write_atomic(place, lambda beside: beside.write_bytes(data))
+    finally:
+        if place.stat().st_size == 0:  # reserved, but not written
+            place.unlink()
+    return place
+
+
+def _reserve(place: Path) -> bool:
+    """Create an empty file, in one step, since another process may try the same. Return False if there is a file."""
+    try:
+        place.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def film_strip(

@@ -269,10 +269,13 @@ def test_same_command_same_files_whatever_the_batch(run, ckpt, dog):
     others = read(ckpt.parent / "best.eval.json")["images"]
     numbers = [[[row[name] for name in NAMES] for row in each] for each in (rows, others)]
     assert np.abs(np.subtract(*numbers)).max() < 1e-3  # one grey level in some pixel, at most
+    assert run(*command, "--out", "out", "--guidance", 2) == 0  # other pictures get other names
+    assert everything().items() >= {name: data for name, data in first.items() if name.endswith(".png")}.items()
+    names = {row["file"] for row in read(ckpt.parent / "best.eval.json")["images"]}
+    assert len(files_in(Path("out"))) == 52 and all((Path("out") / name).is_file() for name in names - first.keys())
     assert run(*command, "--out", "other", "--seed", 1) == 0
-    assert {row["seed"] for row in read(ckpt.parent / "best.eval.json")["images"]}.isdisjoint(
-        row["seed"] for row in rows
-    )
+    seeds = {row["seed"] for row in read(ckpt.parent / "best.eval.json")["images"]}
+    assert seeds.isdisjoint(row["seed"] for row in rows)
 
 
 def test_flags_win_then_the_header_then_the_base(run, copy, dog, tmp_path, monkeypatch):

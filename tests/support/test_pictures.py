@@ -1,22 +1,81 @@
 """pictures.py: names, texts and pages of pictures."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from PIL import Image
 
-from support.pictures import GAP, KEPT, PAGE, PAPER, check_page, film_strip, grid, save_png
+from support.pictures import GAP, KEPT, PAGE, PAPER, check_folder, film_strip, grid, picture_name, save_png
 
 
 def plain(*colour, side=16):
     return Image.new("RGB", (side, side), colour)
 
 
-def test_a_page_of_ours_may_be_replaced_however_large(tmp_path, monkeypatch):
-    save_png(grid([plain(255, 0, 0)] * 4, 2), tmp_path / "grid.png", "a dog", "Steps: 1", 0)
+@pytest.mark.parametrize(
+    ("prompt", "stem"),
+    [
+        ("a [V] dog, in_the snow!", "a-V-dog-in-the-snow"),
+        ("雪の中の犬", "雪の中の犬"),
+        ("Été à Zürich, №5", "Été-à-Zürich-5"),
+        ("कुत्ता बर्फ़ में", "कुत्ता-बर्फ़-में"),  # its vowel signs are marks
+        ("dog ❤\ufe0f cat", "dog-cat"),  # a mark without a letter
+        ("../../etc/passwd", "etc-passwd"),
+        ("!?", "empty"),
+        ("x" * 400, "x" * 120),
+        ("犬" * 400, "犬" * 40),  # 3 bytes each: the whole name has at most 255
+    ],
+)
+def test_a_name_keeps_the_letters_of_every_script(prompt, stem):
+    assert picture_name(prompt, 2**63 - 1) == f"{stem}-{2**63 - 1}.png"
+
+
+def test_a_different_picture_of_the_same_name_stays(tmp_path):
+    """Other pixels, prompt, settings or seed: another file. The identical picture: the same one."""
+    path, red = tmp_path / "new" / "a.png", plain(255, 0, 0)
+    variants = [(red, "a b", "s", 0), (plain(0, 255, 0), "a b", "s", 0), (red, "a/b", "s", 0), (red, "a b", "t", 0)]
+    variants.append((red, "a b", "s", 1))
+    names = ["a.png", *(f"a-{number}.png" for number in range(2, 6))]
+    for _ in range(2):
+        assert [save_png(picture, path, *text).name for picture, *text in variants] == names
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted(names)
+    (path.parent / "b.png").symlink_to("nowhere")
+    (path.parent / "b-2.png").mkdir()
+    assert save_png(red, path.with_name("b.png"), "", "", 0).name == "b-3.png"
+
+
+def test_processes_that_save_at_once_keep_all(tmp_path):
+    def save(shade):
+        return save_png(plain(shade, 0, 0), tmp_path / "a.png", "", "", 0)
+
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(save, range(24)))
+    assert [Image.open(path).getpixel((0, 0))[0] for path in paths] == list(range(24))
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"file/a.png cannot be written"):
+        save_png(plain(0, 0, 0), tmp_path / "file" / "a.png", "", "", 0)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ValueError, match=r"a.png cannot be written .*No space left"):
+        save_png(plain(0, 0, 0), tmp_path / "a.png", "", "", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_with_a_page_of_ours_is_ours_however_large(tmp_path, monkeypatch):
+    save_png(grid([plain(255, 0, 0)] * 4, 2), tmp_path / "grid-2.png", "a dog", "Steps: 1", 0)
+    (tmp_path / "grid-3.png").mkdir()
+    (tmp_path / "photo.jpg").write_bytes(b"a picture of the user's")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
-    check_page(tmp_path)
-    (tmp_path / "grid.png").write_bytes(b"a picture of the user's")
-    with pytest.raises(ValueError, match="--out"):
-        check_page(tmp_path)
+    check_folder(tmp_path)
+    (tmp_path / "grid-2.png").unlink()
+    with pytest.raises(ValueError, match=r"photo.jpg .*--out"):
+        check_folder(tmp_path)
 
 
 def test_grid():
