@@ -25,7 +25,7 @@ from support.export import check_export, export_single_file
 from support.header import base_of, steps_and_guidance
 from support.pictures import check_folder, drawn_with, grid, picture_name, save_png
 from support.results import warn_if_unfinished
-from support.settings import checked, count, positive, seed_number
+from support.settings import checked, count, guidance_scale, seed_number
 
 DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
 REMEDY = "use a smaller --batch or --size, or another --device"  # for a full memory
@@ -93,7 +93,7 @@ def main() -> int:
     add("--n", type=count, default=4, help="pictures a prompt, with seeds --seed, --seed + 1, ... (default: 4)")
     add("--seed", type=seed_number, default=0, help="the first picture's seed (default: 0)")
     add("--steps", type=count, help="sampler steps (default: 20, or what the base recommends)")
-    add("--guidance", type=positive, help="classifier-free guidance (default: as in training, or the base's)")
+    add("--guidance", type=guidance_scale, help="classifier-free guidance (default: as in training, or the base's)")
     add("--scheduler", choices=SAMPLERS, default="dpm++", help="the sampler (default: dpm++)")
     add("--size", type=count, help="the side in pixels (default: as in training, or the base's)")
     add("--batch", type=count, help="pictures at a time; changes no picture (default: what fits, 8 on a CPU)")

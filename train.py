@@ -26,7 +26,7 @@ from reward import MEANS, Reward
 from rpo import RPOLoss, denoising_loss, preference_label, preference_probability, rpo_loss
 from support import ranks, start
 from support.randomness import NEGATIVES, VALIDATION, picture_seeds, step_generator
-from support.settings import at_least_0, count, fraction, ours, paper, positive, seed_number
+from support.settings import at_least_0, count, fraction, guidance_scale, ours, paper, positive, seed_number
 from support.start import Run
 
 # ------------------------------------------------------------------------------------------------------- the settings
@@ -43,7 +43,7 @@ class Settings:
     validate_every: int = paper(40, count, "gradient steps between validations")
     lambda_val: float = paper(0.3, fraction, "λ of the validation's reward")
     mean: str = paper("harmonic", tuple(MEANS), "how ALIGN-I and ALIGN-T become a reward")
-    guidance: float = paper(7.5, positive, "classifier-free guidance when drawing")
+    guidance: float = paper(7.5, guidance_scale, "classifier-free guidance when drawing")
     solver_steps: int = ours(20, count, "steps of DPM-Solver++ when drawing")
     resolution: int | None = ours(None, count, "side of all pictures in pixels (default: the base's; the paper: 512)")
     keep_last: bool = ours(False, None, "keep the last weights instead of the best: no early stopping")

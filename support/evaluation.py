@@ -20,7 +20,7 @@ from support import flags, ranks
 from support.header import base_name, base_of, digest, files_of_base, steps_and_guidance
 from support.pictures import check_folder
 from support.results import check_writable, warn_if_unfinished, write_json
-from support.settings import checked, count, fraction, positive, seed_number
+from support.settings import checked, count, fraction, guidance_scale, seed_number
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def parse(description: str) -> argparse.Namespace:
     add("--n", type=count, default=4, help="images a prompt (default: %(default)s, as published)")
     add("--seed", type=seed_number, default=0, help="fixes every image (default: %(default)s)")
     add("--steps", type=count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
-    add("--guidance", type=positive, help="classifier-free guidance (default: as in training, or the base's)")
+    add("--guidance", type=guidance_scale, help="classifier-free guidance (default: as in training, or the base's)")
     add("--batch", type=count, help="images at a time; changes no image (default: what fits, 8 on a CPU)")
     add("--out", type=flags.path, help="the folder for the pictures (default: the checkpoint's name and .eval)")
     flags.add_machine_flags(parser)

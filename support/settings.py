@@ -37,6 +37,11 @@ def positive(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def guidance_scale(text: str) -> float:
+    """A classifier-free guidance in (0, 100]. Usual are 1 to 15; far larger ones make pixels that are not finite."""
+    return _number(text, float, lambda value: 0 < value <= 100, "a number above 0, at most 100")
+
+
 def at_least_0(text: str) -> float:
     """A number of at least 0."""
     return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")

@@ -459,7 +459,7 @@ def test_dreambench_of_the_base_alone(run, bench, base):
 @pytest.mark.parametrize(
     "option",
     [
-        *["--n 0", "--seed -1", "--steps 0", "--steps 1001", "--guidance 0", "--batch 0", "--lambda-val 1.1"],
+        *["--n 0", "--seed -1", "--steps 0", "--steps 1001", "--guidance 1e30", "--batch 0", "--lambda-val 1.1"],
         *["--lambda-val x", "--device abacus", "--nonsense", "--ckpt", "--ckpt=", "--clip nowhere", "--dino nowhere"],
         *["--align nowhere", "--base nowhere", "--subject nowhere", "--noun=", "--token dog", "--dreambench ."],
         *["--clip=", "--out=", "--base="],

@@ -200,7 +200,7 @@ def test_no_picture_replaces_another(run, base, ckpt, elsewhere, tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        *["--steps 0", "--steps -3", "--steps 1.5", "--steps 1001", "--n 0", "--seed -1", "--seed x", "--guidance 0"],
+        *["--steps 0", "--steps 1.5", "--steps 1001", "--n 0", "--seed -1", "--seed x", "--guidance 1e30"],
         *["--guidance nan", "--batch 0", "--size 0", "--size 17", "--size big", "--scheduler best", "--device abacus"],
         *["--device meta", "--nonsense", "--prompt", "--export-single x.ckpt", "--export-single=", "--ckpt=", "--out="],
     ],
