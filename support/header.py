@@ -62,7 +62,8 @@ def digest(paths: list[Path]) -> str:
     for file in files:
         if file.is_file():
             stat = file.stat()
-            seen.update(f"{file.name} {_content(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
+            line = f"{file.name} {_content(file, stat.st_size, stat.st_mtime_ns)}\n"
+            seen.update(line.encode(errors="surrogateescape"))  # a file's name need not be UTF-8
     return seen.hexdigest()[:16]
 
 

@@ -117,7 +117,8 @@ def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed:
     """
     info, stream = PngInfo(), BytesIO()
     # ComfyUI reads nothing without a line for the negative prompt.
-    info.add_text("parameters", f"{prompt}\nNegative prompt:\n{settings}, Seed: {seed}")
+    text = f"{prompt}\nNegative prompt:\n{settings}, Seed: {seed}"
+    info.add_text("parameters", text.encode(errors="replace").decode())  # a file's name need not be UTF-8
     picture.save(stream, "PNG", pnginfo=info)
     data, place, number = stream.getvalue(), path, 1
     try:

@@ -123,9 +123,9 @@ def warn_if_unfinished(ckpt: Path | None) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file as model.files.write.write_atomic does."""
+    """Write a JSON file as write_atomic does. Bytes of file names that are not UTF-8 become \\udcXX."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def _is_result(ckpt: Path) -> bool:

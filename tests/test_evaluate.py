@@ -344,6 +344,18 @@ def test_header_wins_with_a_note(run, base, tmp_path, capsys):
     assert read("base-base-my_dog.eval.json")["images"][10]["prompt"] == "a qx vase wearing a red hat"
 
 
+def test_file_names_that_are_not_utf_8(run, copy, dog, tmp_path, monkeypatch):
+    """A photo, a stray file of the base, and the base's own folder, which its name in the results contains."""
+    folder = copy.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    (dog / "0.png").rename(dog / os.fsdecode(b"caf\xe9.png"))
+    (folder / "unet" / os.fsdecode(b"\xff.txt")).write_text("x", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    assert run("--base", ".", "--subject", dog) == 0
+    result = read(f"base-{folder.name}-dog.eval.json")
+    assert result["settings"]["base"] == str(folder)
+    assert parameters(Path(result["pictures"]) / result["images"][0]["file"])["Model"] == "caf?"
+
+
 # ---------------------------------------------------------------------------------------------- DreamBench
 
 
