@@ -223,10 +223,10 @@ def run_many(args: argparse.Namespace, evaluator: Evaluator) -> int:
     rows, failed = evaluation.walk(args, evaluator, TITLES, REMEDY)
     if rows and ranks.rank() == 0:
         mean = {name: round(statistics.fmean(row[name] for row in rows.values()), 6) for name in TITLES}
+        write_json(summary, {"mean": mean, "subjects": rows, "failed": failed})
         print("\n| subject | DINO | CLIP-I | CLIP-T |\n|---|---|---|---|")
         for name, row in [*rows.items(), (f"mean of {len(rows)}", mean)]:
             print(f"| {name} | {row['dino']:.3f} | {row['clip_i']:.3f} | {row['clip_t']:.3f} |")
-        write_json(summary, {"mean": mean, "subjects": rows, "failed": failed})
         print(f"\nthe same and the other metrics are in {summary}")
     ranks.barrier()  # torchrun ends all processes when one ends with status 1
     return 1 if failed else 0

@@ -15,6 +15,7 @@ import torch
 from model.files.errors import is_out_of_memory
 from model.tokenizer import CLIPTokenizer
 from support import ranks
+from support.streams import protect_streams
 
 EMBEDDED_BASE = Path(__file__).parent.parent / "weights" / "toy"
 
@@ -23,6 +24,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line (and exit status 2)."""
 
     def __init__(self, **options):
+        protect_streams()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 # A λ must not end a run where the output's encoding has none; a log should grow line by line.

@@ -5,6 +5,7 @@ Tolerance: float32 features of order 1 differ by about 1e-6 between two implemen
 
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -537,9 +538,15 @@ def test_empty_folder_and_unwritable_places(run, base, dog, tmp_path, capsys):
     assert files_in(tmp_path / "here") == ["base-base-dog.eval.json", "file"] and files_in(dog) == before
 
 
-def test_as_a_command_of_its_own(dog, tmp_path):
+def test_as_a_command_of_its_own(base, dog, tmp_path):
     """The exit status and the streams, as a shell sees them."""
-    command = [sys.executable, evaluate.__file__, *map(str, QUICK), "--subject", dog, "--ckpt", tmp_path / "no"]
-    bad = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, evaluate.__file__, *map(str, QUICK), "--subject", dog, "--base", base]
+    bad = subprocess.run([*command, "--ckpt", "no"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert len(bad.stderr.splitlines()) == 1 and bad.stderr.startswith("evaluate.py: error: ")
+    shell = f"set -o pipefail; {shlex.join(map(str, command))} 2>&- | head -1"  # head ends long before the result
+    good = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert good.returncode == 0 and good.stdout.startswith("subject ")
+    assert (
+        len(read(tmp_path / "base-base-dog.eval.json")["images"]) == len(files_in(tmp_path / "base-base-dog.eval")) - 1
+    )

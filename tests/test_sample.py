@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -332,19 +334,42 @@ def test_a_run_that_ends_early_keeps_what_is_saved(run, base, tmp_path, monkeypa
     assert all(Path("outputs", name).read_bytes() == Path("whole", name).read_bytes() for name in names)
 
 
-def test_as_a_command_of_its_own(base, ckpt, tmp_path):
+def start(*arguments, **options):
+    """sample.py as a process of its own, one small picture."""
+    command = [sys.executable, sample.__file__, *map(str, QUICK), *DOG, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, **options)
+
+
+def test_as_a_command_of_its_own(ckpt, tmp_path):
     """The exit status and the streams, as a shell sees them."""
-
-    def shell(*arguments):
-        command = [sys.executable, sample.__file__, "--n", "1", "--steps", "1", *DOG, *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-
-    bad = shell("--ckpt", tmp_path / "no")
-    assert (bad.returncode, bad.stdout) == (2, "")
-    assert len(bad.stderr.splitlines()) == 1 and bad.stderr.startswith("sample.py: error: ")
-    good = shell("--ckpt", ckpt)
-    assert good.returncode == 0 and "outputs/grid.png" in good.stdout and "Traceback" not in good.stderr
+    streams = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    bad = start("--ckpt", "no", **streams)
+    out, err = bad.communicate(timeout=60)
+    assert (bad.returncode, out, err.count("\n")) == (2, "", 1) and err.startswith("sample.py: error: ")
+    good = start("--ckpt", ckpt, **streams)
+    out, err = good.communicate(timeout=60)
+    assert good.returncode == 0 and "outputs/grid.png" in out and "Traceback" not in err
     assert files_in(tmp_path / "outputs") == ["a-dog-0.png", "grid.png"]
+
+
+@pytest.mark.parametrize("broken", ["closed", "full", "no reader", "no terminal"])
+def test_a_broken_output_loses_no_picture(base, tmp_path, broken):
+    streams, ends = {"cwd": tmp_path}, []
+    if broken == "closed":  # as by 2>&-
+        streams["preexec_fn"] = lambda: os.close(2)
+    elif broken == "full":
+        ends = [os.open("/dev/full", os.O_WRONLY)]
+    else:  # a pipe such as | true, a terminal that was closed under nohup
+        reader, writer = os.pipe() if broken == "no reader" else pty.openpty()
+        os.close(reader)
+        ends, streams["preexec_fn"] = [writer], lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if ends:
+        streams |= {"stdout": ends[0], "stderr": ends[0]}
+    process = start("--base", base, "--n", 3, "--batch", 1, "--steps", 40, **streams)  # long enough for a progress bar
+    for end in ends:
+        os.close(end)
+    assert process.wait(timeout=60) == 0
+    assert files_in(tmp_path / "outputs") == [*(f"a-dog-{seed}.png" for seed in range(3)), "grid.png"]
 
 
 # ---------------------------------------------------------------------------------------------- the user's files
