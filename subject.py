@@ -179,11 +179,6 @@ def _find_photos(folder: Path) -> list[Path]:
     photos = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
     if not photos:
         raise SubjectError(f"{folder} holds no photos: put 4 to 6 there, as .jpg or .png; convert others such as .heic")
-    for photo in photos:
-        try:
-            str(photo).encode()  # the history and evaluate.py's results name the file
-        except UnicodeEncodeError:
-            raise SubjectError(f"the name of {os.fsencode(photo)} is not UTF-8: rename it") from None
     if others := [repr(path.name) for path in files if path not in photos]:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         print(f"note: not read as photos: {', '.join(others[:5])}{more}; convert pictures to .jpg or .png")
