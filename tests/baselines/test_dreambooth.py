@@ -1,0 +1,139 @@
+"""DreamBooth and `python -m baselines`. Formulas by hand in float64, tolerance 1e-12: the rounding of float64."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import QUICK, history, steps, validations, watched
+from tiny import call
+
+import baselines.__main__
+import train
+from baselines.dreambooth import DreamBooth, dreambooth_loss
+from model.files.tensors import read_metadata
+from model.stable_diffusion import StableDiffusion
+from support import randomness
+
+ROOT = Path(train.__file__).parent
+FEW = ("--class-images", 3)
+REF, CLASS = [0.5, 0.2, 0.9], [0.4, 0.7, 0.1]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, 2.5])
+def test_value_and_gradient_by_hand(weight):
+    ref, prior = (torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in (REF, CLASS))
+    loss = dreambooth_loss(ref, prior, weight)
+    assert loss.similarity.item() == pytest.approx(sum(REF) / 3, abs=1e-12)
+    assert loss.prior.item() == pytest.approx(sum(CLASS) / 3, abs=1e-12)
+    assert loss.total.item() == pytest.approx((sum(REF) + weight * sum(CLASS)) / 3, abs=1e-12)
+    loss.total.backward()
+    assert ref.grad.tolist() == pytest.approx([1 / 3] * 3, abs=1e-12)
+    assert prior.grad.tolist() == pytest.approx([weight / 3] * 3, abs=1e-12)
+    assert dreambooth_loss(ref, prior) == dreambooth_loss(ref, prior, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+Watched = watched(DreamBooth)
+
+
+def test_a_run_learns_the_photos_and_the_class(run, world, tmp_path):
+    assert run(*FEW, "--prior-weight", 0.5, "--batch", 4, "--ckpt", "here.safetensors", method=Watched) == 0
+    trainer, rows = Watched.last, steps(history(tmp_path, "here.jsonl"))
+    stream, prompts, images = trainer.drawn[0]
+    assert stream == randomness.NEGATIVES and prompts == ["a photo of a dog"] * 3
+    assert [prompts for _, prompts, _ in trainer.drawn[1:]] == [trainer.prompts] * 3  # the validations are RPO's
+    assert trainer.machine.base_unet is trainer.sd.unet is None  # θ₀'s memory is free
+    for row in rows:
+        assert set(row) == {"step", "total", "similarity", "prior", "gradient_norm"}
+        assert row["total"] == pytest.approx(row["similarity"] + 0.5 * row["prior"], rel=1e-5)  # fp32
+
+    sd, (batch, again, other) = trainer.sd, (trainer.batch(step) for step in (1, 1, 2))
+    assert all(map(torch.equal, batch[:8], again[:8])) and not any(map(torch.equal, batch[:4], other[:4]))
+    assert all(map(torch.equal, trainer.gen, sd.encode_images(images)))
+    assert torch.equal(batch.c, sd.encode_prompts(["a photo of [V] dog"]).expand(4, -1, -1))
+    assert torch.equal(batch.c_mod, sd.encode_prompts(["a photo of a dog"]).expand(4, -1, -1))
+    assert torch.equal(batch.eps_ref, batch.eps_gen) and len(batch.t.unique()) == 4  # a pair shares t and ε
+    # The first step again, a picture at a time, with the base's U-Net. 1e-5: fp32, other batches.
+    unet = StableDiffusion.from_pretrained(world / "base").unet
+    for name, x_0, context in (("similarity", batch.x_ref, batch.c), ("prior", batch.x_gen, batch.c_mod)):
+        error = 0
+        for k in range(4):
+            x_t = sd.scheduler.add_noise(x_0[k : k + 1], batch.eps_ref[k : k + 1], batch.t[k : k + 1])
+            prediction = unet(x_t, batch.t[k : k + 1], context[k : k + 1])
+            error += (prediction - batch.eps_ref[k]).square().mean().item() / 4
+        assert rows[0][name] == pytest.approx(error, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_lists_the_baselines(monkeypatch, capsys, tmp_path):
+    for words, status in (((), 2), (("magic",), 2), (("--help",), 0)):
+        assert call(baselines.__main__, monkeypatch, *words) == status
+        out, err = capsys.readouterr()
+        assert "{dpg,dreambooth}" in (err if status else out) and not (out if status else err)
+    assert call(baselines.__main__, monkeypatch, "dreambooth", "--subject", tmp_path, "--prior-weight", -1) == 2
+    assert capsys.readouterr().err.startswith("baselines dreambooth: error: argument --prior-weight")
+    assert call(train, monkeypatch, "--help") == 0
+    assert not re.search("dreambooth|dpg|--class-images", capsys.readouterr().out, re.IGNORECASE)
+
+
+def test_flags_and_default_result(run, tmp_path):
+    """--prior-weight changes the loss alone; --class-images, how many are drawn."""
+    rows = []
+    for options in ((), ("--prior-weight", 0.5), ("--class-images", 2)):
+        assert run(*FEW, "--steps", 1, *options, baseline="dreambooth") == 0
+        rows.append(history(tmp_path, "dreambooth.jsonl"))
+    (base, first), (base_again, weighted), (_, few) = (each[:2] for each in rows)
+    assert base == base_again
+    assert {name for name in first if first[name] != weighted[name]} == {"total", "gradient_norm"}
+    assert first["prior"] != few["prior"]
+    header = read_metadata(tmp_path / "dreambooth.safetensors")
+    expected = {"method": "dreambooth", "class_images": "2", "prior_weight": "1.0", "steps": "1", "noun": "dog"}
+    assert header.items() >= expected.items() and "beta" not in header
+
+
+OWN = '''"""RPO with half of the loss."""
+
+from train import RPO
+
+
+class Half(RPO):
+    result = "half.safetensors"
+
+    def loss(self, batch):
+        loss = super().loss(batch)
+        return loss._replace(total=0.5 * loss.total)
+
+
+METHOD = Half
+'''
+
+
+def test_a_new_baseline_is_one_file(world, tmp_path):
+    """In a copy of the program, from a shell."""
+    for source in [*ROOT.glob("*.py"), *(ROOT / name for name in ("baselines", "model", "support"))]:
+        shutil.copytree(source, tmp_path / source.name) if source.is_dir() else shutil.copy(source, tmp_path)
+    (tmp_path / "baselines" / "half.py").write_text(OWN, encoding="utf-8")
+
+    def shell(subject):
+        words = ("half", "--subject", subject, "--base", world / "base", *QUICK)
+        command = [sys.executable, "-m", "baselines", *map(str, words)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    result = shell(world / "dog")
+    assert result.returncode == 0, result.stderr
+    rows = history(tmp_path, "half.jsonl")
+    assert len(steps(rows)) == 4 and len(validations(rows)) == 3
+    for row in steps(rows):
+        assert row["total"] == pytest.approx(0.5 * (row["similarity"] + row["preference"]), rel=1e-5)
+    assert read_metadata(tmp_path / "half.safetensors")["method"] == "half"
+    result = shell("nothing")
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch("baselines half: error: nothing .*\n", result.stderr)
