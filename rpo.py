@@ -19,7 +19,7 @@ from torch import Tensor
 class RPOLoss(NamedTuple):
     """What `rpo_loss` returns. Only the first three carry a gradient."""
 
-    total: Tensor  # scalar: similarity + weight * preference, the value to minimise
+    total: Tensor  # scalar: similarity + preference, weighted, the value to minimise
     similarity: Tensor  # scalar: Eq. 7, the mean of ℓ(θ; x_ref, c)
     preference: Tensor  # scalar: Eq. 8, the mean of -[y log σ(Δ) + (1-y) log σ(-Δ)]
     margin: Tensor  # (batch,): Δ, detached
@@ -59,13 +59,14 @@ def rpo_loss(
     base_gen: Tensor,
     label: Tensor,
     beta: float = 1.0,
+    similarity_weight: float = 1.0,
     preference_weight: float = 1.0,
 ) -> RPOLoss:
-    """L = L_sim + L_pref (Eq. 7 and 8), averaged over the batch. Every argument but the last two is (batch,).
+    """L = L_sim + L_pref (Eq. 7 and 8), averaged over the batch. Every argument but the last three is (batch,).
 
-    similarity: ℓ of θ on the photo for L_sim. ref, gen: ℓ of θ on photo and negative for L_pref; base_ref, base_gen:
-    the same of θ₀, with the same t and ε; they get no gradient. label: y, 1 where the photo is preferred, 0 where the
-    negative is. beta: β > 0, how sharp the preference is. preference_weight: of L_pref. Both are 1 in the paper.
+    similarity: ℓ(θ; x_ref, c). ref, gen: ℓ(θ; x_ref, c_mod) and ℓ(θ; x_gen, c_mod). base_ref, base_gen: the same two
+    of θ₀, from the same x_t; they get no gradient. label: y, 1 where the photo is preferred, 0 where the negative is.
+    beta: β > 0, how sharp the preference is. The weights are of L_sim and L_pref. All three are 1 in the paper.
     """
     gain_ref = base_ref.detach() - ref
     gain_gen = base_gen.detach() - gen
@@ -76,4 +77,5 @@ def rpo_loss(
 
     margin = margin.detach()
     accuracy = ((margin > 0) & (label == 1) | (margin < 0) & (label == 0)).float().mean()
-    return RPOLoss(l_sim + preference_weight * l_pref, l_sim, l_pref, margin, accuracy)
+    total = similarity_weight * l_sim + preference_weight * l_pref
+    return RPOLoss(total, l_sim, l_pref, margin, accuracy)

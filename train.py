@@ -50,6 +50,7 @@ class Settings:
     patience: int | None = ours(None, count, "stop after so many validations without a better reward (default: never)")
     seed: int = ours(0, seed_number, "fixes every random draw")
 
+    pictures_a_pair: ClassVar[int] = 2  # in a pass of θ, for the memory's estimate
     weight_decay: ClassVar[float] = 0.01  # the paper's
     clip_norm: ClassVar[float] = 1.0  # the paper's
 
@@ -58,7 +59,10 @@ class Settings:
 class RPOSettings(Settings):
     lambda_train: float = paper(0.0, fraction, "λ of the rewards that make the labels")
     beta: float = paper(1.0, positive, "β of the preference loss")
-    preference_weight: float = paper(1.0, at_least_0, "weight of the preference loss; 0 leaves the similarity loss")
+    similarity_weight: float = paper(1.0, at_least_0, "weight of the similarity loss; 0 for the paper's DPO variant")
+    preference_weight: float = paper(1.0, at_least_0, "weight of the preference loss; 0 for the similarity loss alone")
+
+    pictures_a_pair: ClassVar[int] = 3  # the photo under c and under c_mod, and the negative
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -75,8 +79,9 @@ class Batch(NamedTuple):
     c: Tensor  # (n, 77, width) "a photo of [V] dog"
     c_mod: Tensor  # (n, 77, width) the prompt that drew the negative
     photo: Tensor  # (n,) the photo's index i
-    p: Tensor | None = None  # (n,) P(x_ref ≻ x_gen)
-    label: Tensor | None = None  # (n,) the coin: 1 where the photo is preferred
+    negative: Tensor  # (n,) the negative's index j
+    p: Tensor  # (n,) P(x_ref ≻ x_gen)
+    label: Tensor  # (n,) the coin: 1 where the photo is preferred
 
 
 class RPO:
@@ -102,9 +107,9 @@ class RPO:
     def prepare(self) -> None:
         """Once: θ₀ draws the negatives, the reward scores them and the photos, everything frozen is encoded."""
         negatives = self.draw(self.prompts, self.theta_0, NEGATIVES, "drawing negatives")
-        r_gen = self.reward(negatives, self.prompts, self.settings.lambda_train)  # (negatives,)
-        r_ref = self.reward.of_photos(self.prompts, self.settings.lambda_train)  # (photos, negatives)
-        self.p = preference_probability(r_ref, r_gen).cpu()  # Eq. 6, (photos, negatives)
+        self.r_gen = self.reward(negatives, self.prompts, self.settings.lambda_train).cpu()  # (negatives,)
+        self.r_ref = self.reward.of_photos(self.prompts, self.settings.lambda_train).cpu()  # (photos, negatives)
+        self.p = preference_probability(self.r_ref, self.r_gen)  # Eq. 6, (photos, negatives)
         self.encode(negatives, self.prompts)
 
     def encode(self, generated: list[Image.Image], prompts: list[str]) -> None:
@@ -114,7 +119,7 @@ class RPO:
         self.c_mod = self.sd.encode_prompts(prompts).cpu()
 
     def batch(self, step: int) -> Batch:
-        """Photo i, negative j, a coin for the label; a pair shares t and ε."""
+        """Photo i, negative j, a coin for the label; one t for both, and each its own ε."""
         draws, n = step_generator(self.settings.seed, step), self.settings.batch
         i = torch.randint(len(self.photos), (n,), generator=draws)
         j = torch.randint(len(self.c_mod), (n,), generator=draws)
@@ -122,23 +127,32 @@ class RPO:
         label = preference_label(p, draws)
         x_ref, x_gen = latents(self.ref, i, draws), latents(self.gen, j, draws)
         t = torch.randint(len(self.sd.scheduler.alphas_cumprod), (n,), generator=draws)
-        eps = torch.randn(x_ref.shape, generator=draws)
-        return Batch(x_ref, x_gen, eps, eps, t, self.c.expand(n, -1, -1), self.c_mod[j], i, p, label)
+        eps_ref, eps_gen = torch.randn(2, *x_ref.shape, generator=draws)
+        return Batch(x_ref, x_gen, eps_ref, eps_gen, t, self.c.expand(n, -1, -1), self.c_mod[j], i, j, p, label)
 
     def loss(self, batch: Batch) -> RPOLoss:
-        """Eq. 7 and 8. θ₀ runs first: θ's activations stay in memory until backward()."""
-        x_t, t, context, target = self.noised(batch)
-        base_ref, base_gen = denoising_loss(self.theta_0(x_t, t, context), target).chunk(2)
-        ref, gen = denoising_loss(self.theta(x_t, t, context), target).chunk(2)
-        weights = self.settings.beta, self.settings.preference_weight
-        return rpo_loss(ref, ref, gen, base_ref, base_gen, batch.label, *weights)
+        """Eq. 7 and 8."""
+        weights = self.settings.beta, self.settings.similarity_weight, self.settings.preference_weight
+        return rpo_loss(*self.losses(batch), batch.label, *weights)
 
-    def noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x_t, t, context and target of the photos (under c) and then the negatives (under c_mod), (2n, ...) each."""
-        x_0, eps = torch.cat([batch.x_ref, batch.x_gen]), torch.cat([batch.eps_ref, batch.eps_gen])
-        t, context = batch.t.repeat(2), torch.cat([batch.c, batch.c_mod])
+    def losses(self, batch: Batch) -> tuple[Tensor, ...]:
+        """ℓ(θ; x_ref, c), ℓ(θ; x_ref, c_mod), ℓ(θ; x_gen, c_mod), ℓ(θ₀; x_ref, c_mod), ℓ(θ₀; x_gen, c_mod): (n,) each.
+
+        One pass of each network. θ₀ runs first: θ's activations stay in memory until backward().
+        """
+        x_0 = torch.cat([batch.x_ref, batch.x_ref, batch.x_gen])
+        eps = torch.cat([batch.eps_ref, batch.eps_ref, batch.eps_gen])
+        context = torch.cat([batch.c, batch.c_mod, batch.c_mod])
+        t, n = batch.t.repeat(3), len(batch.t)
+        base_ref, base_gen = self.denoise(self.theta_0, x_0[n:], eps[n:], t[n:], context[n:]).chunk(2)
+        similarity, ref, gen = self.denoise(self.theta, x_0, eps, t, context).chunk(3)
+        return similarity, ref, gen, base_ref, base_gen
+
+    def denoise(self, unet: Callable, x_0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """ℓ of a network, (m,): noise x_0 (m, 4, h, w) with eps at t (m,), and predict under context (m, 77, width)."""
         scheduler = self.sd.scheduler
-        return scheduler.add_noise(x_0, eps, t), t, context, scheduler.target(x_0, eps, t)  # Eq. 1
+        x_t = scheduler.add_noise(x_0, eps, t)  # Eq. 1
+        return denoising_loss(unet(x_t, t, context), scheduler.target(x_0, eps, t))
 
     def train(self) -> None:
         """Steps, and a validation every `validate_every` of them."""

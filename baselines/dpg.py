@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from baselines.dreambooth import DreamBooth, DreamBoothSettings
+from baselines.dreambooth import DreamBooth, DreamBoothSettings, PriorBatch, both
 from model.dino import DINO
 from model.stable_diffusion import home_of
 from reward import Reward, unit_features
@@ -46,7 +46,6 @@ from support import ranks
 from support.machine import own_averages
 from support.settings import fraction, ours
 from support.start import Run
-from train import Batch
 
 REWARDS = ("look-forward", "dino")
 
@@ -139,13 +138,14 @@ class DPG(DreamBooth):
         super().prepare()
         self.dino_photos = self.dino and self.dino_features(self.photos)
 
-    def loss(self, batch: Batch) -> DPGLoss:
+    def loss(self, batch: PriorBatch) -> DPGLoss:
         """One step of the critic, then the policy's loss under the critic that has just learned."""
-        n = len(batch.t)
-        x_t, t, context, target = self.noised(batch)
+        x_0, eps, t, context = both(batch)
+        scheduler, n = self.sd.scheduler, len(batch.photo)
+        x_t = scheduler.add_noise(x_0, eps, t)
         prediction = self.theta(x_t, t, context)
-        ref, prior = denoising_loss(prediction, target).chunk(2)
-        x_0_hat = self.sd.scheduler.to_x0_eps(prediction.float(), x_t, t)[0][:n]
+        ref, prior = denoising_loss(prediction, scheduler.target(x_0, eps, t)).chunk(2)
+        x_0_hat = scheduler.to_x0_eps(prediction.float(), x_t, t)[0][:n]
 
         residual = (x_0_hat - batch.x_ref).square()
         reward = self.dino_reward(x_0_hat, batch.photo) if self.dino else look_forward_reward(x_0_hat, batch.x_ref)

@@ -3,7 +3,8 @@
     python -m baselines dreambooth --subject data/dog --keep-last
 
 The photos are trained under `a photo of [V] dog`. So that the class does not shrink to this one dog, the base model
-first draws images of it, `a photo of a dog`, and θ learns these too: prior preservation.
+first draws images of it, `a photo of a dog`, and θ learns these too: prior preservation. Photos and class images have
+their own t and ε, as in public recipes.
 
 The paper's loss measures x̂_0 - x_0 with a weight for each t; as usual for Stable Diffusion we measure ε (or v) without
 one, as rpo.py does. Numbers: weight 1 and about 1,000 steps in the paper, 200 x N class images for N photos; public
@@ -19,10 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rpo import denoising_loss
 from support.randomness import NEGATIVES, step_generator
 from support.settings import at_least_0, count, ours
-from train import RPO, Batch, Settings, latents
+from train import RPO, Settings, latents
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,32 @@ class DreamBoothLoss(NamedTuple):
 def dreambooth_loss(ref: Tensor, prior: Tensor, prior_weight: float = 1.0) -> DreamBoothLoss:
     """ℓ(θ; x_ref) + w ℓ(θ; x_class), averaged over the batch.
 
-    ref: (n,) denoising losses of photos, instance prompt. prior: (n,) of class images, class prompt. Whether the two
-    share ε and t changes the variance of the gradient, not its expectation (the paper draws them independently).
+    ref: (n,) denoising losses of photos, instance prompt. prior: (n,) of class images, class prompt.
     """
     similarity, prior = ref.mean(), prior.mean()
     return DreamBoothLoss(similarity + prior_weight * prior, similarity, prior)
+
+
+class PriorBatch(NamedTuple):
+    """n photos and n class images."""
+
+    x_ref: Tensor  # (n, 4, h, w) clean latents of the photo
+    x_class: Tensor  # (n, 4, h, w) clean latents of the class image
+    eps_ref: Tensor  # (n, 4, h, w)
+    eps_class: Tensor  # (n, 4, h, w)
+    t_ref: Tensor  # (n,)
+    t_class: Tensor  # (n,)
+    c: Tensor  # (n, 77, width) "a photo of [V] dog"
+    c_class: Tensor  # (n, 77, width) "a photo of a dog"
+    photo: Tensor  # (n,) the photo's index
+    p: None = None  # no labels
+    label: None = None
+
+
+def both(batch: PriorBatch) -> tuple[Tensor, ...]:
+    """x_0, eps, t and context of the photos and then the class images, (2n, ...) each."""
+    x_0, eps = torch.cat([batch.x_ref, batch.x_class]), torch.cat([batch.eps_ref, batch.eps_class])
+    return x_0, eps, torch.cat([batch.t_ref, batch.t_class]), torch.cat([batch.c, batch.c_class])
 
 
 class DreamBooth(RPO):
@@ -61,20 +82,21 @@ class DreamBooth(RPO):
         self.encode(self.draw(prompts, self.theta_0, NEGATIVES, "drawing class images"), prompts)
         self.machine.free_base()
 
-    def batch(self, step: int) -> Batch:
-        """Photo i and class image j; a pair shares t and ε."""
+    def batch(self, step: int) -> PriorBatch:
+        """Photo i and class image j, each with its own t and ε."""
         draws, n = step_generator(self.settings.seed, step), self.settings.batch
         i = torch.randint(len(self.photos), (n,), generator=draws)
         j = torch.randint(len(self.c_mod), (n,), generator=draws)
         x_ref, x_class = latents(self.ref, i, draws), latents(self.gen, j, draws)
-        t = torch.randint(len(self.sd.scheduler.alphas_cumprod), (n,), generator=draws)
-        eps = torch.randn(x_ref.shape, generator=draws)
-        return Batch(x_ref, x_class, eps, eps, t, self.c.expand(n, -1, -1), self.c_mod[j], i)
+        t_ref, t_class = torch.randint(len(self.sd.scheduler.alphas_cumprod), (2, n), generator=draws)
+        eps_ref, eps_class = torch.randn(2, *x_ref.shape, generator=draws)
+        return PriorBatch(
+            x_ref, x_class, eps_ref, eps_class, t_ref, t_class, self.c.expand(n, -1, -1), self.c_mod[j], i
+        )
 
-    def loss(self, batch: Batch) -> DreamBoothLoss:
+    def loss(self, batch: PriorBatch) -> DreamBoothLoss:
         """See `dreambooth_loss`."""
-        x_t, t, context, target = self.noised(batch)
-        ref, prior = denoising_loss(self.theta(x_t, t, context), target).chunk(2)
+        ref, prior = self.denoise(self.theta, *both(batch)).chunk(2)
         return dreambooth_loss(ref, prior, self.settings.prior_weight)
 
 

@@ -33,15 +33,16 @@ def estimate(
     config: UNetConfig,
     others: int,
     side: int,
-    pairs: int,
+    pictures: int,
     precision: str = "fp32",
     lora_rank: int | None = None,
     checkpointed: bool = False,
 ) -> dict[str, int]:
     """Bytes at the peak of a training step, by the parts listed above, which are allocated at the same time.
 
-    others: weights of the other networks. side: of the latents. pairs: a step, on one device. checkpointed: with
-    --checkpoint-gradients. Not counted: the libraries themselves, and what the allocator loses between tensors.
+    others: weights of the other networks. side: of the latents. pictures: in a pass of θ, on one device (three a pair
+    for RPO). checkpointed: with --checkpoint-gradients. Not counted: the libraries themselves, and what the allocator
+    loses between tensors.
     """
     with torch.device("meta"):  # shapes without numbers
         unet = UNet(config)
@@ -51,7 +52,7 @@ def estimate(
     learned, kept, widest = [], [], 0  # of each block, in the order of the forward pass
     for level, block in _blocks(unet):
         learned.append(_learned(block, lora_rank))
-        activations, inputs, most = _activations(block, 2 * pairs * math.ceil(side / 2**level) ** 2, half)
+        activations, inputs, most = _activations(block, pictures * math.ceil(side / 2**level) ** 2, half)
         kept.append(inputs if checkpointed else activations + (2 * learned[-1] if half else 0))
         widest = max(widest, most)
     # When backward() is at block i: what the blocks before it have kept, and the gradients of those from it on.
@@ -109,7 +110,7 @@ def estimate_of(args: argparse.Namespace) -> dict[str, int]:
             math.ceil(args.settings.resolution / 8) if args.settings.resolution else config.sample_size
         )  # 8: of every public VAE
         modes = args.precision, args.lora_rank, args.checkpoint_gradients
-        return estimate(config, numbers, side, own_pairs(args), *modes)
+        return estimate(config, numbers, side, own_pairs(args) * args.settings.pictures_a_pair, *modes)
 
 
 def own_pairs(args: argparse.Namespace) -> int:

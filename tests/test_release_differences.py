@@ -14,7 +14,6 @@ from string import Template
 
 import pytest
 import torch
-from runs import NEGATIVES, RESULT, RPO, contents, same, same_results
 from safetensors.torch import load_file
 from tiny import call
 
@@ -23,6 +22,9 @@ import baselines.dreambooth
 import evaluate
 import sample
 import train
+from baselines.release import Release
+from model.files.tensors import read_metadata
+from runs import NEGATIVES, RESULT, RPO, contents, same, same_results, watched
 from support import flags
 
 ROOT = Path(train.__file__).parent
@@ -67,13 +69,46 @@ def test_a_pair_is_of_one_photo_one_negative_its_prompt_and_its_label(marked):
     assert torch.equal(batch.photo, photo.long())
     assert torch.allclose(batch.p, photo / 4 + (negative - 100) / 100)
     assert torch.equal(batch.c[:, 0, 0], torch.full((5,), -1.0)) and torch.equal(batch.c_mod[:, 0, 0], negative)
-    assert len(batch.t.unique()) == len(batch.eps_ref.unique(dim=0)) == 5  # each pair has its own t and ε
+    assert len(batch.t.unique()) == len(batch.eps_ref.unique(dim=0)) == len(batch.eps_gen.unique(dim=0)) == 5
+    assert not torch.equal(batch.eps_ref, batch.eps_gen)  # each picture its own
 
-    x_t, t, context, target = marked.noised(batch)  # the photos, then the negatives
-    scheduler, eps = marked.sd.scheduler, torch.cat([batch.eps_ref, batch.eps_gen])
-    assert torch.equal(t, batch.t.repeat(2)) and torch.equal(target, eps)
-    assert torch.equal(context[:, 0, 0], torch.cat([torch.full((5,), -1.0), negative]))
-    assert torch.equal(x_t, scheduler.add_noise(torch.cat([batch.x_ref, batch.x_gen]), eps, t))
+
+def test_the_photo_in_the_preference_loss_has_the_negatives_prompt(marked):
+    """The release gives it the instance prompt, where its loss is that of L_sim again."""
+    batch, calls = marked.batch(1), []
+
+    def network(x_t, t, context):
+        calls.append((x_t, t, context[:, 0, 0]))
+        return torch.zeros_like(x_t)
+
+    marked.theta = marked.theta_0 = network
+    losses = marked.losses(batch)
+    noise = [batch.eps_ref, batch.eps_ref, batch.eps_gen, batch.eps_ref, batch.eps_gen]
+    for loss, eps in zip(losses, noise, strict=True):
+        torch.testing.assert_close(loss, eps.square().flatten(1).mean(1))  # the error of predicting zero
+    (base_x, base_t, base_c), (x_t, t, c) = calls  # θ₀, then θ
+    c_ref, c_mod = torch.full((5,), -1.0), batch.c_mod[:, 0, 0]
+    assert torch.equal(c, torch.cat([c_ref, c_mod, c_mod])) and torch.equal(base_c, torch.cat([c_mod, c_mod]))
+    assert torch.equal(t, batch.t.repeat(3)) and torch.equal(base_t, batch.t.repeat(2))
+    add_noise = marked.sd.scheduler.add_noise
+    ref, gen = add_noise(batch.x_ref, batch.eps_ref, batch.t), add_noise(batch.x_gen, batch.eps_gen, batch.t)
+    assert torch.equal(x_t, torch.cat([ref, ref, gen])) and torch.equal(base_x, torch.cat([ref, gen]))
+
+
+def test_the_release_can_be_run_for_comparison(run, tmp_path):
+    """Its loss is RPO's formula with L_sim's photo in L_pref, and a t for each picture."""
+    watched_release = watched(Release)
+    assert run("--batch", 3, "--ckpt", "release.safetensors", method=watched_release) == 0
+    trainer = watched_release.last
+    batch, again = trainer.batch(1), trainer.batch(1)
+    assert all(map(torch.equal, batch, again)) and not torch.equal(batch.t_ref, batch.t_gen)
+    assert not torch.equal(batch.eps_ref, batch.eps_gen)
+    asked = []
+    trainer.theta = lambda x_t, t, context: asked.append((t, context)) or x_t
+    similarity, ref, *_ = trainer.losses(batch)
+    assert torch.equal(similarity, ref) and torch.equal(asked[0][0], torch.cat([batch.t_ref, batch.t_gen]))
+    assert torch.equal(asked[0][1], torch.cat([batch.c, batch.c_mod]))
+    assert read_metadata(tmp_path / "release.safetensors")["method"] == "release"
 
 
 def test_every_negative_and_photo_is_used(marked):

@@ -25,20 +25,22 @@ def margins(beta):
     return [beta * ((base_ref - ref) - (base_gen - gen)) for ref, gen, base_ref, base_gen in pairs]
 
 
-@pytest.mark.parametrize(("beta", "weight"), [(0.1, 1.0), (1.0, 1.0), (7.0, 1.0), (2.0, 0.3), (2.0, 0.0)])
-def test_value_and_gradient_by_hand(beta, weight):
+@pytest.mark.parametrize(
+    ("beta", "similar", "weight"), [(0.1, 1, 1), (1, 1, 1), (7, 1, 1), (2, 1, 0.3), (2, 1, 0), (2, 0.5, 1), (1, 0, 1)]
+)
+def test_value_and_gradient_by_hand(beta, similar, weight):
     labelled = list(zip(margins(beta), LABEL, strict=True))
     preference = -sum(y * math.log(sigmoid(m)) + (1 - y) * math.log(sigmoid(-m)) for m, y in labelled) / 3
     similarity, ref, gen, base_ref, base_gen, label = tensors()
-    loss = rpo_loss(similarity, ref, gen, base_ref, base_gen, label, beta, weight)
+    loss = rpo_loss(similarity, ref, gen, base_ref, base_gen, label, beta, similar, weight)
     assert loss.similarity.item() == pytest.approx(0.5, abs=1e-12)
     assert loss.preference.item() == pytest.approx(preference, abs=1e-12)
-    assert loss.total.item() == pytest.approx(0.5 + weight * preference, abs=1e-12)
+    assert loss.total.item() == pytest.approx(similar * 0.5 + weight * preference, abs=1e-12)
     assert loss.margin.tolist() == pytest.approx(margins(beta), abs=1e-12)
 
     loss.total.backward()
     slopes = [weight * beta * (sigmoid(m) - y) / 3 for m, y in labelled]  # of Δ, times weight and β
-    assert similarity.grad.tolist() == pytest.approx([1 / 3] * 3, abs=1e-12)
+    assert similarity.grad.tolist() == pytest.approx([similar / 3] * 3, abs=1e-12)
     assert ref.grad.tolist() == pytest.approx([-slope for slope in slopes], abs=1e-12)
     assert gen.grad.tolist() == pytest.approx(slopes, abs=1e-12)
     assert base_ref.grad is None and base_gen.grad is None  # θ₀ is frozen
@@ -48,7 +50,7 @@ def test_margin_and_accuracy_carry_no_gradient_and_accuracy_counts_agreeing_sign
     loss = rpo_loss(*tensors())
     assert loss.margin.tolist() == pytest.approx([0.05, 0.25, -0.85])  # the labels are 1, 0, 1: the first agrees
     assert loss.accuracy.item() == pytest.approx(1 / 3)
-    assert loss.total == loss.similarity + loss.preference  # the defaults of β and of the weight are 1, the paper's
+    assert loss.total == loss.similarity + loss.preference  # the defaults of β and of the weights are 1, the paper's
     assert not loss.margin.requires_grad and not loss.accuracy.requires_grad
     zero = torch.zeros(4)
     assert rpo_loss(zero, zero, zero, zero, zero, torch.tensor([1.0, 0, 1, 0])).accuracy == 0

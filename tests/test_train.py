@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from runs import RESULT, RPO, STATE, contents, history, same, same_results, steps, stopped, train_tiny, validations
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS, error_line, files_in, write_base
 
@@ -27,6 +26,7 @@ from model.files.tensors import read_metadata
 from model.stable_diffusion import StableDiffusion
 from model.tokenizer import BertTokenizer
 from reward import Reward
+from runs import RESULT, RPO, STATE, contents, history, same, same_results, steps, stopped, train_tiny, validations
 from subject import load_photos, load_subject
 from support import memory, randomness, results
 from support.header import VERSION
@@ -115,15 +115,16 @@ def by_hand(base, dog, n, beta, weight, lambda_train):
         y, x = torch.bernoulli(p, generator=draws), []
         for mean, std in map(sd.encode_images, (ref, gen)):
             x.append(mean + std * torch.randn(mean.shape, generator=draws))
-        t, eps = torch.randint(1000, (n,), generator=draws), torch.randn(mean.shape, generator=draws)
+        t, eps = torch.randint(1000, (n,), generator=draws), torch.randn(2, *mean.shape, generator=draws)
         similarity = preference = 0
         for k in range(n):
-            pair = (x[0][k], eps[k], t[k], subject.instance_prompt), (x[1][k], eps[k], t[k], c_mod[k])
+            pair = (x[0][k], eps[0][k], t[k], c_mod[k]), (x[1][k], eps[1][k], t[k], c_mod[k])
+            l_sim = error(theta, x[0][k], eps[0][k], t[k], subject.instance_prompt)
             l_ref, l_gen = (error(theta, *picture) for picture in pair)
             with torch.no_grad():
                 base_ref, base_gen = (error(theta_0, *picture) for picture in pair)
             margin = beta * ((base_ref - l_ref) - (base_gen - l_gen))
-            similarity += l_ref / n
+            similarity += l_sim / n
             preference += F.softplus(-margin if y[k] == 1 else margin) / n  # -log σ(±Δ)
         adamw.zero_grad()
         (similarity + weight * preference).backward()
@@ -247,7 +248,10 @@ FLAGS = [  # a flag; what it changes of `observed`, None for the weights at leas
     (("--lr", 1e-4), {"weights"}, set()),
     (("--beta", 5.0), {"gradient_norm", "weights"}, set()),  # Δ is 0 in the first step, for every β
     (("--lambda-train", 1.0), {"p"}, {"label", "gradient_norm", "weights"}),
-    (("--preference-weight", 0.5), {"total", "gradient_norm", "weights"}, set()),
+    *[
+        ((f"--{term}-weight", 0.5), {"total", "gradient_norm", "weights"}, set())
+        for term in ("similarity", "preference")
+    ],
     (("--mean", "arithmetic"), {"reward"}, set()),  # λ_train is 0: with both means the labels are of ALIGN-T
     (("--lambda-val", 0.7), {"reward"}, set()),
     *[((flag, 2), None, None) for flag in ("--batch", "--guidance", "--solver-steps", "--seed", "--lora-rank")],
@@ -310,7 +314,7 @@ def test_defaults_are_the_papers_where_it_has_one(run, capsys):
     assert run(method=Unprepared, quick=()) == 130
     paper = {"steps": "400", "batch": "1", "lr": "5e-06", "images_per_prompt": "4", "validate_every": "40"}
     paper |= {"lambda_val": "0.3", "mean": "harmonic", "guidance": "7.5", "lambda_train": "0", "beta": "1"}
-    paper |= {"preference_weight": "1"}
+    paper |= {"preference_weight": "1", "similarity_weight": "1"}
     ours = {"solver_steps": ("20", "our default"), "seed": ("0", "our default")}
     assert shown(capsys.readouterr().out) == ours | {name: (value, "the paper") for name, value in paper.items()}
     assert RPO.last.settings == train.RPOSettings()

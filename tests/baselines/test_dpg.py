@@ -7,17 +7,17 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import history, steps, stopped, train_tiny
 from tiny import error_line
 from torch import nn
 
 from baselines.dpg import DPG, Critic, look_forward_reward, policy_loss
+from baselines.dreambooth import PriorBatch
 from model.dino import DINO, DINOConfig
 from model.files.config import config_from
 from model.files.tensors import read_metadata
+from runs import history, steps, stopped, train_tiny
 from support import memory
 from toy.networks import DINO_CONFIG, PREPROCESSORS, write_part
-from train import Batch
 
 REWARDS = pytest.mark.parametrize("reward", ["look-forward", "dino"])
 FEW = ("--class-images", 2)
@@ -91,7 +91,8 @@ def batch(t, seed=0):
     n = len(t)
     latents = [torch.randn(n, 4, 8, 8, generator=draws(seed + i)) for i in range(4)]
     context = torch.zeros(n, 77, 32)
-    return Batch(*latents, torch.tensor(t), context, context, (torch.arange(n) + 1) % 3)
+    t = torch.tensor(t)
+    return PriorBatch(*latents, t, t, context, context, (torch.arange(n) + 1) % 3)
 
 
 def learned(trainer):
@@ -107,12 +108,12 @@ def learned(trainer):
 def test_loss_is_the_formula(prepared, reward, gamma, prior_weight):
     trainer = learned(prepared("--dpg-reward", reward, "--gamma", gamma, "--prior-weight", prior_weight))
     x, critic = batch([0, 3, 700], seed=9), trainer.critic
-    a = trainer.sd.scheduler.alphas_cumprod[x.t].double().reshape(3, 1, 1, 1)
-    x_t = [a.sqrt() * x_0 + (1 - a).sqrt() * eps for x_0, eps in ((x.x_ref, x.eps_ref), (x.x_gen, x.eps_gen))]
+    a = trainer.sd.scheduler.alphas_cumprod[x.t_ref].double().reshape(3, 1, 1, 1)
+    x_t = [a.sqrt() * x_0 + (1 - a).sqrt() * eps for x_0, eps in ((x.x_ref, x.eps_ref), (x.x_class, x.eps_class))]
     x_0_hat = (x_t[0] - (1 - a).sqrt() * 0.9 * x_t[0]) / a.sqrt()
     residual = ((x_0_hat - x.x_ref) ** 2).float()
     similarity = (0.9 * x_t[0] - x.eps_ref).square().mean().item()
-    prior = (0.9 * x_t[1] - x.eps_gen).square().mean().item()
+    prior = (0.9 * x_t[1] - x.eps_class).square().mean().item()
     rewards = -residual.mean((1, 2, 3))
     if reward == "dino":
         seen = trainer.dino_features(trainer.sd.decode_latents(x_0_hat.float()))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import QUICK, history, steps, validations, watched
 from tiny import call
 
 import baselines.__main__
@@ -16,6 +15,7 @@ import train
 from baselines.dreambooth import DreamBooth, dreambooth_loss
 from model.files.tensors import read_metadata
 from model.stable_diffusion import StableDiffusion
+from runs import QUICK, history, steps, validations, watched
 from support import randomness
 
 ROOT = Path(train.__file__).parent
@@ -54,19 +54,21 @@ def test_a_run_learns_the_photos_and_the_class(run, world, tmp_path):
         assert row["total"] == pytest.approx(row["similarity"] + 0.5 * row["prior"], rel=1e-5)  # fp32
 
     sd, (batch, again, other) = trainer.sd, (trainer.batch(step) for step in (1, 1, 2))
-    assert all(map(torch.equal, batch[:8], again[:8])) and not any(map(torch.equal, batch[:4], other[:4]))
+    assert all(map(torch.equal, batch[:9], again[:9])) and not any(map(torch.equal, batch[:4], other[:4]))
     assert all(map(torch.equal, trainer.gen, sd.encode_images(images)))
     assert torch.equal(batch.c, sd.encode_prompts(["a photo of [V] dog"]).expand(4, -1, -1))
-    assert torch.equal(batch.c_mod, sd.encode_prompts(["a photo of a dog"]).expand(4, -1, -1))
-    assert torch.equal(batch.eps_ref, batch.eps_gen) and len(batch.t.unique()) == 4  # a pair shares t and ε
+    assert torch.equal(batch.c_class, sd.encode_prompts(["a photo of a dog"]).expand(4, -1, -1))
+    assert not torch.equal(batch.eps_ref, batch.eps_class) and not torch.equal(batch.t_ref, batch.t_class)
     # The first step again, a picture at a time, with the base's U-Net. 1e-5: fp32, other batches.
     unet = StableDiffusion.from_pretrained(world / "base").unet
-    for name, x_0, context in (("similarity", batch.x_ref, batch.c), ("prior", batch.x_gen, batch.c_mod)):
+    pictures = {"similarity": (batch.x_ref, batch.eps_ref, batch.t_ref, batch.c)}
+    pictures["prior"] = batch.x_class, batch.eps_class, batch.t_class, batch.c_class
+    for name, (x_0, eps, t, context) in pictures.items():
         error = 0
         for k in range(4):
-            x_t = sd.scheduler.add_noise(x_0[k : k + 1], batch.eps_ref[k : k + 1], batch.t[k : k + 1])
-            prediction = unet(x_t, batch.t[k : k + 1], context[k : k + 1])
-            error += (prediction - batch.eps_ref[k]).square().mean().item() / 4
+            x_t = sd.scheduler.add_noise(x_0[k : k + 1], eps[k : k + 1], t[k : k + 1])
+            prediction = unet(x_t, t[k : k + 1], context[k : k + 1])
+            error += (prediction - eps[k]).square().mean().item() / 4
         assert rows[0][name] == pytest.approx(error, rel=1e-5)
 
 
@@ -77,7 +79,7 @@ def test_the_command_lists_the_baselines(monkeypatch, capsys, tmp_path):
     for words, status in (((), 2), (("magic",), 2), (("--help",), 0)):
         assert call(baselines.__main__, monkeypatch, *words) == status
         out, err = capsys.readouterr()
-        assert "{dpg,dreambooth}" in (err if status else out) and not (out if status else err)
+        assert "{dpg,dreambooth,release}" in (err if status else out) and not (out if status else err)
     assert call(baselines.__main__, monkeypatch, "dreambooth", "--subject", tmp_path, "--prior-weight", -1) == 2
     assert capsys.readouterr().err.startswith("baselines dreambooth: error: argument --prior-weight")
     assert call(train, monkeypatch, "--help") == 0
