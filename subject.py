@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 import warnings
 import zlib
 from contextlib import suppress
@@ -16,10 +15,8 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
-
-INSTANCE_PROMPT = "a photo of {V} {noun}"
 
 _PLACES = (
     "in the jungle, in the snow, on the beach, on a cobblestone street, on top of pink fabric, "
@@ -87,15 +84,6 @@ _READ_BY_PILLOW = (
     ".ppm .pgm .pbm .pnm .pcx .psd .qoi .sgi"
 )
 PHOTO_ENDINGS = frozenset(_READ_BY_PILLOW.split())
-_TURNS = {  # EXIF orientation -> how to turn the photo upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")  # texts that Pillow reads for it
 
@@ -117,7 +105,7 @@ class Subject:
     @property
     def instance_prompt(self) -> str:
         """The photos' own prompt c: "a photo of [V] dog"."""
-        return INSTANCE_PROMPT.format(V=self.token, noun=self.noun)
+        return f"a photo of {self.token} {self.noun}"
 
     @property
     def class_prompt(self) -> str:
@@ -157,25 +145,18 @@ def load_subject(folder: Path | str, noun: str | None = None, live: bool | None 
         raise SubjectError("the unique token is empty: give one that means nothing yet, for example [V]")
     if token in noun.split():
         raise SubjectError(f"the noun {noun!r} contains the token {token}: give the noun alone, prompts add the token")
-    return Subject(Path(folder), noun, _is_live(noun) if live is None else live, token, photos)
-
-
-def _is_live(noun: str) -> bool:
-    """Return True if the noun's last word is an animal or a person, and no word says that it is a toy."""
-    words = noun.lower().split()
-    return not LIVE_NOUNS.isdisjoint([words[-1], words[-1].removesuffix("s")]) and _LIFELESS.isdisjoint(words)
+    if live is None:  # the last word is an animal or a person, and no word says that it is a toy
+        words = noun.lower().split()
+        live = bool(LIVE_NOUNS & {words[-1], words[-1].removesuffix("s")}) and _LIFELESS.isdisjoint(words)
+    return Subject(Path(folder), noun, live, token, photos)
 
 
 def _find_photos(folder: Path) -> list[Path]:
     """The image files of a folder, by their endings, sorted by name."""
     try:
         files = visible_files(folder)
-    except FileNotFoundError:
-        raise SubjectError(f"{folder} does not exist: give the folder that holds the subject's photos") from None
-    except NotADirectoryError:
-        raise SubjectError(f"{folder} is not a folder: give the folder that holds the subject's photos") from None
     except OSError as error:
-        raise SubjectError(f"{folder} cannot be read ({error.strerror}): check its permissions") from None
+        raise SubjectError(f"{folder} cannot be read ({error.strerror}): give the folder of the photos") from None
     photos = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
     if not photos:
         raise SubjectError(f"{folder} holds no photos: put 4 to 6 there, as .jpg or .png; convert others such as .heic")
@@ -187,8 +168,7 @@ def _find_photos(folder: Path) -> list[Path]:
 
 def visible_files(folder: Path) -> list[Path]:
     """The files of a folder, sorted by name, without hidden ones such as .DS_Store. Raises OSError as iterdir does."""
-    files = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
-    return sorted(files, key=lambda path: path.name)
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
 
 
 def load_photos(subject: Subject, size: int) -> list[Image.Image]:
@@ -200,87 +180,76 @@ def open_photo(path: Path | str, size: int | None = None) -> Image.Image:
     """A photo as an 8-bit RGB image of size x size pixels, by default in its own resolution.
 
     It is turned upright by its EXIF orientation and cut to the largest centred square; the colours of its ICC profile,
-    such as an iPhone's Display P3, become sRGB; transparency becomes white; it is resized with Lanczos. A JPEG of over
-    four times the size, or of too many pixels, is decoded at a fraction of its scale: faster, with the same look.
+    such as an iPhone's Display P3, become sRGB; transparency becomes white; it is resized with Lanczos.
     Raises SubjectError if the file is not a whole image, or has too many pixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about metadata and many pixels
-            with _open(path) as image:
-                _decode(image, size or min(image.size))
-                square = _centred_square(_upright(image))
+            image = _open(Path(path).read_bytes(), size)
+            with suppress(Exception):  # broken EXIF; in place, it turns the image before it rewrites the EXIF
+                ImageOps.exif_transpose(image, in_place=True)
+            square = _centred_square(image)
         size = size or square.width
         return square.resize((size, size), Image.Resampling.LANCZOS)
     except Exception as error:  # for bad data Pillow raises OSError, SyntaxError, struct.error and others
-        reason = " ".join(f"{error}".split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "damaged, or of an unknown format"
         raise SubjectError(f"{path} is not a usable image ({reason}): replace it, shrink it or take it out") from None
 
 
-def _open(path: Path | str) -> Image.Image:
-    """Open an image file with Pillow, without two of its refusals: JPEGs of many pixels, PNGs with odd metadata.
-
-    Of a PNG, only the pixels, transparency, colour profile and orientation are passed on: a text of over 1 MB or a
-    wrong checksum in it would be an error.
-    """
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if start.startswith(b"\xff\xd8\xff"):
-            return JpegImageFile(path)  # of any size: `_decode` checks it
-        if start != _PNG:
-            return Image.open(path)
-        kept, profile = BytesIO(), None
-        kept.write(_PNG)
-        while len(header := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", header)
-            data, checksum = file.read(length), file.read(4)
-            if kind == b"iCCP":  # name, zero, method, and the profile, which Pillow refuses if it is over 1 MB
-                with suppress(zlib.error, IndexError):
-                    profile = zlib.decompressobj().decompress(data.split(b"\0", 1)[1][1:], 2**26)
-            wanted = kind in (b"tRNS", b"eXIf") or data.startswith(_PNG_ORIENTATIONS)
-            whole = zlib.crc32(kind + data) == int.from_bytes(checksum, "big")
-            if kind[:1].isupper() or (wanted and whole):  # critical chunks have a capital
-                kept.write(header + data + checksum)
-    image = Image.open(kept)
-    image.info["icc_profile"] = profile
-    return image
-
-
-def _decode(image: Image.Image, size: int) -> None:
-    """Decode the pixels, of a JPEG at 1, 1/2, 1/4 or 1/8 of its scale with at least 2 x size pixels a side.
+def _open(data: bytes, size: int | None) -> Image.Image:
+    """Decode an image file's content, a JPEG at 1, 1/2, 1/4 or 1/8 of its scale with at least 2 x size pixels a side.
 
     A JPEG of more pixels than Pillow's limit is decoded at half its scale or less. Raises ValueError for other formats.
     """
+    # Image.open would refuse a JPEG of 200 million pixels
+    image = JpegImageFile(BytesIO(data)) if data.startswith(b"\xff\xd8\xff") else _open_png(data)
     most, short = Image.MAX_IMAGE_PIXELS, min(image.size)
-    enough = 2 * size if image.width * image.height <= most else min(2 * size, short // 2)
+    enough = 2 * (size or short)
+    if image.width * image.height > most:
+        enough = min(enough, short // 2)
     image.draft(None, (enough, enough))  # does nothing for other formats
     if image.width * image.height > most:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {most / 1e6:.0f} million")
     image.load()
+    return image
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The loaded image, turned by its orientation, the only EXIF value that is read."""
-    turn = None
-    with suppress(Exception):  # broken EXIF does not make a photo unusable
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return image if turn is None else image.transpose(turn)
+def _open_png(data: bytes) -> Image.Image:
+    """Open a PNG with its pixels, transparency, colour profile and orientation alone: Pillow refuses some other chunks.
+
+    Other formats are opened as they are.
+    """
+    if not data.startswith(_PNG):
+        return Image.open(BytesIO(data))
+    kept, profile, place = [_PNG], None, len(_PNG)
+    while place < len(data):  # a chunk is length, kind, content, checksum
+        length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        chunk = data[place : place + length + 12]
+        place += len(chunk)
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") or chunk[8:].startswith(_PNG_ORIENTATIONS):
+            kept.append(chunk)  # critical chunks have a capital
+        elif kind == b"iCCP":  # name, zero, method, and the profile, which Pillow refuses if it is over 1 MB
+            with suppress(zlib.error, IndexError):
+                profile = zlib.decompressobj().decompress(chunk[8:-4].split(b"\0", 1)[1][1:], 2**26)
+    image = Image.open(BytesIO(b"".join(kept)))
+    image.info["icc_profile"] = profile
+    return image
 
 
 def _centred_square(image: Image.Image) -> Image.Image:
     """The largest centred square of an image of any mode, as 8-bit RGB in sRGB, transparency on white."""
     profile = image.info.get("icc_profile")
-    image = _to_8_bits(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    square = _to_srgb(image.crop(box), profile)
+    image = _to_8_bits(image).crop((left, top, left + side, top + side))
+    square = _to_srgb(image, profile)
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
         if alpha.getextrema()[1] > 0:  # some programs write zeros everywhere for an opaque image
-            square.putalpha(alpha.crop(box))
+            square.putalpha(alpha)
             square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
     return square
 

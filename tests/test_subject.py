@@ -155,9 +155,9 @@ def test_names_that_are_not_utf_8(tmp_path, capsys):
 
 
 def test_bad_folders(tmp_path, monkeypatch):
-    refused("does not exist", tmp_path / "absent")
+    refused("cannot be read.*No such file", tmp_path / "absent")
     (tmp_path / "dog.png").write_bytes(b"")
-    refused("is not a folder", tmp_path / "dog.png")
+    refused("cannot be read.*Not a directory", tmp_path / "dog.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "IMG.HEIC").write_bytes(b"heic")
     refused("holds no photos.*heic", tmp_path / "empty")
@@ -290,7 +290,6 @@ UNNEEDED = {  # Pillow refuses each
     "a long text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(LONG)),
     "a long UTF-8 text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(LONG)),
     "a wrong checksum": chunk(b"tEXt", b"Comment\0hello")[:-4] + b"1234",
-    "EXIF's wrong checksum": chunk(b"eXIf", exif(SIX)[6:])[:-4] + b"1234",
     "unknown compression": chunk(b"zTXt", b"Comment\0\7xx"),
     "cut values": chunk(b"pHYs", b"1") + chunk(b"gAMA", b"1") + chunk(b"cHRM", b"1") + chunk(b"sRGB", b""),
     "frames out of order": chunk(b"fcTL", struct.pack(">IIIIIHHBB", 5, 64, 64, 0, 0, 1, 1, 0, 0)),
