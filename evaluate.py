@@ -37,9 +37,6 @@ from support.results import check_writable, write_json
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
 TITLES |= {"lambda_harmonic": "λ-Harmonic"}
-REMEDY = "use a smaller --batch, or another --device"  # for a full memory
-
-# --------------------------------------------------------------------------------------------------------- the scores
 
 
 class Metrics:
@@ -58,6 +55,7 @@ class Metrics:
         """Embeds the photos. Raises ValueError if there are none, or if the tokenizer is another CLIP's."""
         tokenizer.check_fits(clip.config.text_config, "CLIP")
         self.clip, self.tokenizer, self.dino, self.reward = clip, tokenizer, dino, reward
+        self.device = clip.logit_scale.device
         self.dino_photos, self.clip_photos = self._dino(photos), self._clip(photos)  # (photos, width), unit length
 
     @classmethod
@@ -71,11 +69,9 @@ class Metrics:
         device: torch.device | str = "cpu",
     ) -> Metrics:
         """Load the networks from folders in the public layouts. Raises CheckpointError, naming the file."""
-        tokenizer, bert = CLIPTokenizer.from_pretrained(clip), BertTokenizer.from_pretrained(align)
-        reward = Reward(ALIGN.from_pretrained(align).to(device), bert, photos, token)
-        return cls(
-            CLIP.from_pretrained(clip).to(device), tokenizer, DINO.from_pretrained(dino).to(device), reward, photos
-        )
+        reward = Reward(ALIGN.from_pretrained(align).to(device), BertTokenizer.from_pretrained(align), photos, token)
+        tokenizer, clip = CLIPTokenizer.from_pretrained(clip), CLIP.from_pretrained(clip).to(device)
+        return cls(clip, tokenizer, DINO.from_pretrained(dino).to(device), reward, photos)
 
     def of(self, photos: list[Image.Image], token: str) -> Metrics:
         """The same networks for another subject."""
@@ -85,10 +81,8 @@ class Metrics:
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Tensor]:
         """n RGB pictures, and each one's prompt -> {"dino", "clip_i", "clip_t", "align_i", "align_t"}, each (n,) fp32.
 
-        Raises ValueError if there are no pictures, or not as many prompts.
+        Raises ValueError if there are not as many prompts as pictures.
         """
-        if not images:
-            raise ValueError("there are no pictures to score")
         align_i, align_t = self.reward.alignments(images, prompts)
         texts = [strip_token(prompt, self.reward.token) for prompt in prompts]
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each text is embedded once
@@ -110,11 +104,6 @@ class Metrics:
             "align": f"EfficientNet of {blocks} blocks + BERT {bert.num_hidden_layers}x{bert.hidden_size}",
         }
 
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.clip.logit_scale.device
-
     def _dino(self, images: list[Image.Image]) -> Tensor:
         return unit_features(self.dino, self.dino.preprocess, images, self.device)
 
@@ -126,9 +115,6 @@ def over_prompts(values: list[float], n: int) -> dict[str, float]:
     """Mean and standard deviation of the prompts' means; `values` are n images of a prompt, n of the next, ..."""
     means = [statistics.fmean(values[i : i + n]) for i in range(0, len(values), n)]
     return {"mean": round(statistics.fmean(means), 6), "sd": round(statistics.stdev(means), 6)}
-
-
-# --------------------------------------------------------------------------------------------------------- one subject
 
 
 class Evaluator:
@@ -163,15 +149,16 @@ class Evaluator:
         about = {"size": images[0].width, "ckpt": job.ckpt, "base": job.base[0], "header": job.header}
         text, files = drawn_with(self.sd.unet, **options, **about), []
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
-            path = job.out / picture_name(prompt, seed)
-            files.append(save_png(image, path, prompt, text, seed).name)
+            files.append(save_png(image, job.out / picture_name(prompt, seed), prompt, text, seed).name)
         page = grid(images, settings["n"])
         save_png(page, job.out / "grid.png", "\n".join(job.subject.test_prompts), text, seeds[0])
         return images, files
 
     def load(self, job: Job) -> None:
         """Load what is not loaded yet. Raises CheckpointError, naming the file, for what does not fit."""
-        photos, token = [whole(photo) for photo in job.subject.photos], job.subject.token
+        # In their own resolution, from which each network's preprocessing starts; square, as training sees them. (The
+        # released evaluation cuts nothing beforehand, which differs for photos that are not square.)
+        photos, token = [open_photo(photo) for photo in job.subject.photos], job.subject.token
         lora = "lora_rank" in job.header  # it needs the base's own weights, which a whole U-Net has replaced
         if self.loaded == (job.base, job.folders, lora):
             self.metrics = self.metrics.of(photos, token)
@@ -187,21 +174,8 @@ class Evaluator:
         machine.round_frozen(self.sd.unet, self.sd.precision)
 
 
-def whole(path: Path) -> Image.Image:
-    """A photo in its own resolution, from which each network's preprocessing starts; square, as training sees it.
-
-    The released evaluation cuts nothing beforehand, which differs for photos that are not square.
-    """
-    with Image.open(path) as image:
-        side = min(image.size)
-    return open_photo(path, side)
-
-
-# --------------------------------------------------------------------------------------------------------- the command
-
-
 def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
-    job = evaluation.plan(args)
+    job = evaluation.plan(args, args.subject, args.out)
     subject, settings = job.subject, job.settings
     kind, guidance = "living subjects" if subject.live else "things", settings["guidance"]
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, prompts of {kind}")
@@ -220,7 +194,7 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
 def run_many(args: argparse.Namespace, evaluator: Evaluator) -> int:
     summary = evaluation.place(args, "dreambench").with_suffix(".eval.json")
     check_writable(summary)
-    rows, failed = evaluation.walk(args, evaluator, TITLES, REMEDY)
+    rows, failed = evaluation.walk(args, evaluator, TITLES)
     if rows and ranks.rank() == 0:
         mean = {name: round(statistics.fmean(row[name] for row in rows.values()), 6) for name in TITLES}
         write_json(summary, {"mean": mean, "subjects": rows, "failed": failed})
@@ -234,16 +208,14 @@ def run_many(args: argparse.Namespace, evaluator: Evaluator) -> int:
 
 def main() -> int:
     args = evaluation.parse(__doc__)
-    interrupted = "interrupted"
-    if args.dreambench:
-        interrupted += "; the same command continues with the subjects that are not done"
+    rest = "; the same command continues with the subjects that are not done" if args.dreambench else ""
 
     def work() -> int:
         device = flags.device(args.device)
         args.precision = machine.precision(args.precision, device)
         return (run_one if args.subject else run_many)(args, Evaluator(device, args.batch, args.precision))
 
-    return flags.guarded(work, lambda: REMEDY, interrupted)
+    return flags.guarded(work, lambda: evaluation.REMEDY, f"interrupted{rest}")
 
 
 if __name__ == "__main__":

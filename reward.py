@@ -19,7 +19,7 @@ from model.tokenizer import BertTokenizer
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """(cos + 1) / 2 in [0, 1] of features (..., d) of unit length; a and b are broadcast."""
+    """(cos + 1) / 2 in [0, 1] of features (..., d) of unit length, broadcast. ALIGN-T of image and text features."""
     cosine = (a * b).sum(-1)  # no matmul: autocast would round it to bf16
     return ((cosine + 1) / 2).clamp(0, 1)  # rounding can give a cosine of 1.0000001
 
@@ -29,25 +29,18 @@ def align_i(x: Tensor, x_ref: Tensor) -> Tensor:
     return similarity(x[:, None], x_ref).mean(1)
 
 
-def align_t(x: Tensor, c: Tensor) -> Tensor:
-    """ALIGN-T(x, c). x: (..., d) image features, c: (..., d) text features. Returns (...)."""
-    return similarity(x, c)
-
-
 def lambda_harmonic(align_i: Tensor, align_t: Tensor, lam: float) -> Tensor:
     """Eq. 5: r = 1 / (λ / ALIGN-I + (1-λ) / ALIGN-T), elementwise, of values in [0, 1] and λ in [0, 1].
 
     λ = 0 gives exactly ALIGN-T and λ = 1 exactly ALIGN-I. In between, r is 0 if one of them is 0, the limit.
     """
-    if lam == 0:  # the formula is 0/0 where ALIGN-I is 0
-        return align_t
-    if lam == 1:
-        return align_i
+    if lam in (0, 1):  # the formula can be 0/0
+        return align_i if lam else align_t
     return 1 / (lam / align_i + (1 - lam) / align_t)  # x/0 is inf and 1/inf is 0
 
 
 def lambda_arithmetic(align_i: Tensor, align_t: Tensor, lam: float) -> Tensor:
-    """r = λ ALIGN-I + (1-λ) ALIGN-T, which the paper compares Eq. 5 with (Table 6). Arguments as above."""
+    """r = λ ALIGN-I + (1-λ) ALIGN-T, which the paper compares Eq. 5 with (Table 6)."""
     return lam * align_i + (1 - lam) * align_t
 
 
@@ -66,11 +59,11 @@ def strip_token(prompt: str, token: str = "[V]") -> str:
 
 
 class Reward:
-    """r(x, c; λ, I_ref) for images of one subject. The photos are embedded once, here; each text once, when first used.
+    """r(x, c; λ, I_ref) for images of one subject. The photos and each text are embedded once.
 
-    align: ALIGN in eval mode; its device does the work. photos: the reference photos I_ref, RGB, at least one.
-    token: the unique token, removed from every prompt. combine: one of MEANS. Raises ValueError for no photos and for
-    another model's tokenizer. All methods raise FloatingPointError if ALIGN's features are not finite.
+    photos: the reference photos I_ref, RGB, at least one. token: removed from every prompt. combine: one of MEANS.
+    Raises ValueError for another model's tokenizer. All methods raise FloatingPointError if ALIGN's features are not
+    finite.
     """
 
     def __init__(
@@ -81,29 +74,23 @@ class Reward:
         token: str = "[V]",
         combine: Callable[[Tensor, Tensor, float], Tensor] = lambda_harmonic,
     ):
-        if not photos:
-            raise ValueError("the reward needs at least one reference photo")
         tokenizer.check_fits(align.config.text_config, "ALIGN")
         self.align, self.tokenizer, self.token, self.combine = align, tokenizer, token, combine
         self.reference_features = self._image_features(photos)  # (photos, d), unit length
         self._text_cache: dict[str, Tensor] = {}  # stripped prompt -> (d,), unit length
 
     def alignments(self, images: list[Image.Image], prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """(ALIGN-I, ALIGN-T) of n RGB images, each with its own prompt: each (n,), fp32, on ALIGN's device.
-
-        Raises ValueError if there are not as many prompts as images.
-        """
+        """(ALIGN-I, ALIGN-T) of n RGB images, each with its own prompt: each (n,), fp32, on ALIGN's device."""
         if len(images) != len(prompts):  # one prompt would be broadcast to all images
             raise ValueError(f"each image needs its own prompt: {len(images)} images, {len(prompts)} prompts")
         x, c = self._image_features(images), self._text_features(prompts)
-        return align_i(x, self.reference_features), align_t(x, c)
+        return align_i(x, self.reference_features), similarity(x, c)
 
     def of_photos(self, prompts: list[str], lam: float) -> Tensor:
         """r(x_ref, c; λ, I_ref) of every photo with every prompt: (photos, prompts). I_ref includes x_ref itself."""
-        x_ref, c = self.reference_features, self._text_features(prompts)
-        t = align_t(x_ref[:, None], c)
-        i = align_i(x_ref, x_ref)[:, None].expand_as(t)
-        return self.combine(i, t, lam)
+        x_ref = self.reference_features
+        t = similarity(x_ref[:, None], self._text_features(prompts))
+        return self.combine(align_i(x_ref, x_ref)[:, None].expand_as(t), t, lam)
 
     def __call__(self, images: list[Image.Image], prompts: list[str], lam: float) -> Tensor:
         """r(x, c; λ, I_ref) of n RGB images, each with its own prompt: (n,) in [0, 1]."""
@@ -127,9 +114,9 @@ class Reward:
 def unit_features(
     network: Callable[[Tensor], Tensor], prepare: Callable[[list], Tensor], items: list, device: torch.device
 ) -> Tensor:
-    """Features of unit length, (n, d) fp32, of n images or texts: network(prepare(items)), 16 items at a time.
+    """network(prepare(items)), 16 items at a time, normalized: (n, d) fp32. network: a module, or a module's method.
 
-    network: a module, or a module's method. Raises FloatingPointError if the features are not finite.
+    Raises FloatingPointError if the features are not finite.
     """
     batches = (prepare(items[i : i + 16]).to(device) for i in range(0, len(items), 16))
     return _unit_length(torch.cat([network(batch) for batch in batches]), getattr(network, "__self__", network))

@@ -1,4 +1,4 @@
-"""The work of evaluate.py around the scores: its flags, the plan of a subject, the walk over DreamBench's subjects."""
+"""The work of evaluate.py around the scores: its flags, the job of a subject, the walk over DreamBench's subjects."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from support.header import base_name, base_of, digest, files_of_base, steps_and_
 from support.pictures import check_folder
 from support.results import check_writable, warn_if_unfinished, write_json
 from support.settings import checked, count, fraction, guidance_scale, seed_number
+
+REMEDY = "use a smaller --batch, or another --device"  # for a full memory
 
 
 @dataclass(frozen=True)
@@ -48,27 +50,21 @@ class Job:
 
     def write(self, kinds: dict[str, str], means: dict, columns: dict[str, list]) -> dict:
         """Write the JSON file and return its content. kinds: what each network is. columns: a value a picture."""
+        shown = {
+            name: str(path).replace(str(flags.EMBEDDED_BASE), "weights/toy") for name, path in self.folders.items()
+        }
         result = {
             "subject": str(self.subject.folder),
             "pictures": str(self.out),
             "settings": self.settings,
             "training": {name: value for name, value in sorted(self.header.items()) if name != CONFIG_KEY},
             "scored_text": f"the prompt without the token {self.subject.token}",
-            "networks": {name: f"{_shown(self.folders[name])}, {kind}" for name, kind in kinds.items()},
+            "networks": {name: f"{shown[name]}, {kind}" for name, kind in kinds.items()},
             "means": means,
             "images": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         }
         write_json(self.result, result)
         return result
-
-
-def _shown(folder: Path) -> str:
-    """The folder as seen from the project, if it is in there: "weights/toy/metrics/dino"."""
-    folder, project = folder.resolve(), flags.EMBEDDED_BASE.resolve().parent.parent
-    return (folder.relative_to(project) if folder.is_relative_to(project) else folder).as_posix()
-
-
-# ------------------------------------------------------------------------------------------------------ flags and plans
 
 
 def parse(description: str) -> argparse.Namespace:
@@ -104,26 +100,19 @@ def parse(description: str) -> argparse.Namespace:
     return args
 
 
-def plan(args: argparse.Namespace) -> Job:
-    """The job of --subject."""
-    ckpt = Path(args.ckpt) if args.ckpt else None
-    stem = ckpt.with_suffix("") if ckpt else Path(f"{_base_alone(args)}-{args.subject.resolve().name}")
-    return _plan(args, args.subject, ckpt, stem, args.out)
-
-
 def place(args: argparse.Namespace, name: str) -> Path:
-    """The checkpoint of one subject of --dreambench; without --ckpt, where its results go but for the ending."""
-    return Path((args.ckpt or f"{_base_alone(args)}/{{subject}}").replace("{subject}", name))
-
-
-def _base_alone(args: argparse.Namespace) -> str:
-    """The name of results without a checkpoint: "base-toy", "base-sd15"."""
+    """Where the results of a subject go, but for the ending; with --ckpt, its checkpoint."""
+    if args.ckpt:
+        return Path(args.ckpt.replace("{subject}", name) if args.dreambench else args.ckpt)
     base = Path(os.path.abspath(args.base or flags.EMBEDDED_BASE))  # "." has no name
-    return f"base-{base.stem if base.is_file() else base.name}"
+    stem = f"base-{base.stem if base.is_file() else base.name}"
+    return Path(stem, f"{name}.safetensors") if args.dreambench else Path(f"{stem}-{name}.safetensors")
 
 
-def _plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path, out: Path | None) -> Job:
+def plan(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
     """Check a subject's files and settings. Raises ValueError or OSError for what cannot be used."""
+    path = place(args, Path(os.path.abspath(folder)).name)
+    ckpt = path if args.ckpt else None
     header = read_metadata(ckpt) if ckpt else {}
     warn_if_unfinished(ckpt)
     base = base_of(args, ckpt, header)
@@ -131,32 +120,27 @@ def _plan(args: argparse.Namespace, folder: Path, ckpt: Path | None, stem: Path,
     home = home_of(base[0])
     folders = {"clip": args.clip or home / "metrics" / "clip", "dino": args.dino or home / "metrics" / "dino"}
     folders["align"] = args.align or home / "reward"
-    for name, path in folders.items():
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is missing, which should hold {name.upper()}: name its folder with --{name}")
+    for name, network in folders.items():
+        if not network.is_dir():
+            raise CheckpointError(f"{network} is missing, which should hold {name.upper()}: name it with --{name}")
     subject = _subject(args, folder, ckpt, header)
-    settings = _settings(args, subject, ckpt, header, base)
-    out, result = out or Path(f"{stem}.eval"), Path(f"{stem}.eval.json")
+    settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
+    steps, guidance = steps_and_guidance(args, ckpt, header, base[0])
+    settings |= {"guidance": guidance, "steps": steps}
+    settings["size"] = checked(count, header, "resolution", ckpt) if "resolution" in header else None  # the base's own
+    lambda_val = checked(fraction, {"lambda_val": 0.3} | header, "lambda_val", ckpt)
+    settings["lambda_val"] = lambda_val if args.lambda_val is None else args.lambda_val
+    settings |= {"ckpt": ckpt.name if ckpt else None, "base": base_name(base[0]), "variant": base[1]}
+    settings |= {"prediction_type": base[2], "precision": args.precision}
+    out, result = out or path.with_suffix(".eval"), path.with_suffix(".eval.json")
     if out.resolve() == folder.resolve():
         raise ValueError(f"--out {out} is the folder of the photos: give another one")
     check_folder(out)
     check_writable(result)
     files = {"ckpt": [ckpt] if ckpt else [], "base": files_of_base(base[0]), "photos": subject.photos}
-    files |= {name: [path] for name, path in folders.items()}
+    files |= {name: [network] for name, network in folders.items()}
     settings["files"] = {name: digest(paths) for name, paths in files.items()}
     return Job(subject, ckpt, header, base, folders, settings, out, result)
-
-
-def _settings(args: argparse.Namespace, subject: Subject, ckpt: Path | None, header: dict, base: tuple) -> dict:
-    """What decides the numbers, apart from the files' content: flags, else the header, else the base, else defaults."""
-    steps, guidance = steps_and_guidance(args, ckpt, header, base[0])
-    size = checked(count, header, "resolution", ckpt) if "resolution" in header else None  # the base's own
-    lambda_val = checked(fraction, {"lambda_val": 0.3} | header, "lambda_val", ckpt)
-    settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
-    settings |= {"guidance": guidance, "steps": steps, "size": size}
-    settings["lambda_val"] = lambda_val if args.lambda_val is None else args.lambda_val
-    settings |= {"ckpt": ckpt.name if ckpt else None, "base": base_name(base[0])}
-    return settings | {"variant": base[1], "prediction_type": base[2], "precision": args.precision}
 
 
 def _subject(args: argparse.Namespace, folder: Path, ckpt: Path | None, header: dict[str, str]) -> Subject:
@@ -167,8 +151,7 @@ def _subject(args: argparse.Namespace, folder: Path, ckpt: Path | None, header: 
     if header.get("live", "True") not in ("True", "False"):
         raise CheckpointError(f"{ckpt} is wrong about live: {header['live']!r} should be True or False")
     live = header["live"] == "True" if "live" in header else args.live
-    token = header.get("token", args.token or "[V]")
-    subject = load_subject(folder, header.get("noun", args.noun), live, token)
+    subject = load_subject(folder, header.get("noun", args.noun), live, header.get("token", args.token or "[V]"))
     noun = args.noun or DREAMBENCH_NOUNS.get(folder.name.lower())
     for name, ours in {"noun": noun, "live": args.live, "token": args.token}.items():
         if ours not in (None, trained := getattr(subject, name)):
@@ -176,16 +159,11 @@ def _subject(args: argparse.Namespace, folder: Path, ckpt: Path | None, header: 
     return subject
 
 
-# ------------------------------------------------------------------------------------------------------- DreamBench
-
-
-def walk(
-    args: argparse.Namespace, evaluate: Callable[[Job], dict], metrics: Iterable[str], remedy: str
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+def walk(args: argparse.Namespace, evaluate: Callable[[Job], dict], metrics: Iterable[str]) -> tuple[dict, dict]:
     """Evaluate every subject of DreamBench that --dreambench holds; a failure is reported and does not stop the rest.
 
-    evaluate: returns the content of a job's JSON file. remedy: what to try when the memory is full. Several processes
-    share the subjects. Returns, in every process, the means of each subject, and the errors of those that failed.
+    evaluate: returns the content of a job's JSON file. Several processes share the subjects. Returns, in every process,
+    the means of each subject, such as {"dog": {"dino": 0.6, ...}}, and the errors of those that failed.
     """
     names = [name for name in DREAMBENCH_NOUNS if (args.dreambench / name).is_dir()]
     if not names:
@@ -193,11 +171,10 @@ def walk(
     print(f"{len(names)} of DreamBench's {len(DREAMBENCH_NOUNS)} subjects are in {args.dreambench}")
     jobs, means, failed = {}, {}, {}
     for name in names[ranks.rank() :: ranks.world_size()]:  # all plans first: an error is known before any drawing
-        with _reported(name, failed, remedy):
-            path, out = place(args, name), args.out and args.out / name
-            jobs[name] = _plan(args, args.dreambench / name, path if args.ckpt else None, path.with_suffix(""), out)
+        with _reported(name, failed):
+            jobs[name] = plan(args, args.dreambench / name, args.out and args.out / name)
     for name, job in jobs.items():
-        with _reported(name, failed, remedy):
+        with _reported(name, failed):
             before = job.done(metrics)
             means[name] = {key: value["mean"] for key, value in (before or evaluate(job))["means"].items()}
             print(f"{name}: {'done before' if before else 'done'}, {job.result}", flush=True)
@@ -205,12 +182,12 @@ def walk(
 
 
 @contextmanager
-def _reported(name: str, failed: dict[str, str], remedy: str) -> Iterator[None]:
+def _reported(name: str, failed: dict[str, str]) -> Iterator[None]:
     """Print an error of one subject, and put it into `failed`."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        failed[name] = f"the memory is full: {remedy}" if is_out_of_memory(error) else " ".join(str(error).split())
+        failed[name] = f"the memory is full: {REMEDY}" if is_out_of_memory(error) else " ".join(str(error).split())
         print(f"{name}: error: {failed[name]}", file=sys.stderr)
 
 

@@ -26,7 +26,6 @@ from model.files.tensors import read_metadata
 from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
 from reward import lambda_harmonic
-from subject import open_photo
 
 QUICK = ("--steps", 1, "--n", 1, "--device", "cpu")
 NAMES = ["dino", "clip_i", "clip_t", "align_i", "align_t"]
@@ -175,30 +174,14 @@ def test_of_another_subject(base):
 
 
 def test_what_cannot_be_scored(base):
-    with pytest.raises(ValueError, match="photo"):
-        metrics_of(base, [])
-    metrics = metrics_of(base, [picture(0)])
-    with pytest.raises(ValueError, match="no pictures"):
-        metrics([], [])
     with pytest.raises(ValueError, match="own prompt"):
-        metrics([picture(0)], ["a dog", "a cat"])
+        metrics_of(base, [picture(0)])([picture(0)], ["a dog", "a cat"])
 
 
 def test_mean_and_spread_over_prompts():
     values = [0.1, 0.3, 0.5, 0.5, 0.9, 0.7]  # means 0.2, 0.5, 0.8
     assert evaluate.over_prompts(values, 2) == {"mean": 0.5, "sd": 0.3}
     assert evaluate.over_prompts(values, 1)["sd"] == pytest.approx(statistics.stdev(values), abs=1e-6)
-
-
-def test_photos_are_scored_in_their_own_resolution(tmp_path):
-    """A square photo as it is: what the networks' own preprocessing starts from."""
-    picture(0, (300, 300)).save(tmp_path / "square.png")
-    assert evaluate.whole(tmp_path / "square.png").tobytes() == picture(0, (300, 300)).tobytes()
-    exif = Image.Exif()
-    exif[274] = 6  # turned
-    picture(0, (300, 200)).save(tmp_path / "wide.jpg", exif=exif)
-    upright = evaluate.whole(tmp_path / "wide.jpg")
-    assert upright.size == (200, 200) and upright.tobytes() == open_photo(tmp_path / "wide.jpg", 200).tobytes()
 
 
 # ---------------------------------------------------------------------------------------------- one subject
