@@ -4,8 +4,8 @@
     python sample.py --ckpt best.safetensors --prompt "a [V] dog wearing a santa hat in the snow" --n 8 --seed 7
     python sample.py --prompt "a cat on the Moon"                         # the embedded base itself
 
-Writes a PNG a picture, with its settings in the text "parameters" that image tools read, and a grid of all. A different
-picture of the same name stays: the new one gets a number.
+Writes a PNG for each picture, with its settings in the text "parameters" that image tools read, and a grid of all. A
+different picture of the same name stays: the new one gets a number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from support.results import warn_if_unfinished
 from support.settings import checked, count, guidance_scale, seed_number
 
 DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
-REMEDY = "use a smaller --batch or --size, or another --device"  # for a full memory
 
 
 def run(args: argparse.Namespace) -> None:
@@ -66,21 +65,20 @@ def draw(args: argparse.Namespace, sd: StableDiffusion, options: dict, base: Pat
     size = args.size or checked(count, {"resolution": sd.image_size} | header, "resolution", args.ckpt)
     settings = drawn_with(sd.unet, **options, size=size, ckpt=args.ckpt, base=base, header=header)
 
-    texts = [prompt for prompt in prompts for _ in range(args.n)]
-    seeds = [args.seed + i for _ in prompts for i in range(args.n)]
+    wanted = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
     batch = args.batch or sd.drawing_batch(size)
     pictures = []
     try:
-        with tqdm(total=len(texts), desc="drawing", unit="image", delay=0.1) as bar:
-            for start in range(0, len(texts), batch):
-                part = slice(start, start + batch)
-                drawn = sd.generate(texts[part], seeds[part], **options, size=size, batch_size=batch)
-                for picture, text, seed in zip(drawn, texts[part], seeds[part], strict=True):
+        with tqdm(total=len(wanted), desc="drawing", unit="image", delay=0.1) as bar:
+            for start in range(0, len(wanted), batch):
+                texts, seeds = zip(*wanted[start : start + batch], strict=True)
+                drawn = sd.generate(list(texts), list(seeds), **options, size=size, batch_size=batch)
+                for picture, text, seed in zip(drawn, texts, seeds, strict=True):
                     save_png(picture, args.out / picture_name(text, seed), text, settings, seed)
                 pictures += drawn
                 bar.update(len(drawn))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted: {len(pictures)} of {len(texts)} pictures are in {args.out}") from None
+        raise KeyboardInterrupt(f"interrupted: {len(pictures)} of {len(wanted)} pictures are in {args.out}") from None
     page = save_png(grid(pictures, args.n), args.out / "grid.png", "\n".join(prompts), settings, args.seed)
     print(f"{len(pictures)} pictures in {args.out}, all on one page in {page}")
 
@@ -105,7 +103,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.export_single and args.export_single.suffix != ".safetensors":
         parser.error(f"--export-single {args.export_single} should end in .safetensors")
-    return flags.guarded(lambda: run(args), lambda: REMEDY, "interrupted")
+    return flags.guarded(lambda: run(args), lambda: "use a smaller --batch or --size, or another --device")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import textwrap
 import unicodedata
@@ -27,31 +29,26 @@ ROWS = 60  # the most validations of a film strip
 
 
 def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Square pictures of one size on a page, row by row, `columns` of each prompt.
+    """Square pictures of one size on a page, row by row.
 
-    If a side would exceed PAGE, a row holds several prompts, or a prompt takes several rows, or the pictures are made
-    smaller: the layout with the largest pictures is taken.
+    If a side would exceed PAGE, the page has about as many rows as columns, and smaller pictures if need be.
     """
-    count, largest = len(pictures), pictures[0].width
-
-    def rows_at(wide: int) -> int:
-        return -(-count // wide) if wide >= columns else -(-count // columns) * -(-columns // wide)
-
-    def side_at(wide: int) -> int:
-        return min(largest, *((PAGE - GAP) // cells - GAP for cells in (wide, rows_at(wide))))
-
-    wide = max([*range(columns, 0, -1), *range(2 * columns, count + 1, columns)], key=side_at)  # `columns`, if it fits
-    side, group = side_at(wide), max(wide, columns)
-    page = Image.new("RGB", (wide * (side + GAP) + GAP, rows_at(wide) * (side + GAP) + GAP), PAPER)
-    for i, picture in enumerate(pictures):
-        row, column = divmod(i % group, wide)
-        row += i // group * -(-group // wide)
-        page.paste(_resized(picture, side), (GAP + column * (side + GAP), GAP + row * (side + GAP)))
+    side, rows = pictures[0].width, -(-len(pictures) // columns)
+    if max(rows, columns) * (side + GAP) + GAP > PAGE:
+        columns = math.ceil(len(pictures) ** 0.5)
+        rows, side = -(-len(pictures) // columns), min(side, (PAGE - GAP) // columns - GAP)
+    page = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), PAPER)
+    _paste(page, pictures, side, columns, GAP, GAP)
     return page
 
 
-def _resized(picture: Image.Image, side: int) -> Image.Image:
-    return picture.resize((side, side), Image.Resampling.LANCZOS) if picture.width != side else picture
+def _paste(page: Image.Image, pictures: Sequence[Image.Image], side: int, columns: int, left: int, top: int) -> None:
+    """Paste pictures into a page, row by row, `side` pixels wide; the first one at (left, top)."""
+    for i, picture in enumerate(pictures):
+        if picture.width != side:
+            picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+        row, column = divmod(i, columns)
+        page.paste(picture, (left + column * (side + GAP), top + row * (side + GAP)))
 
 
 def drawn_with(
@@ -75,16 +72,13 @@ def _quoted(name: str) -> str:
 
 
 def picture_name(prompt: str, seed: int) -> str:
-    """A file name after the prompt's letters and digits, of any script: "a-V-dog-in-the-snow-7.png".
+    """A file name of the prompt's letters and digits, of any script: "a-V-dog-in-the-snow-7.png".
 
     Different prompts may have the same name; `save_png` keeps their pictures apart.
     """
-    kept = ""
-    for char in prompt:
-        kind = unicodedata.category(char)[0]
-        is_part = kind in "LN" or (kind == "M" and kept[-1:].strip())  # a mark, such as an accent, follows a letter
-        kept += char if is_part else " "
-    stem = "-".join(kept.split()).encode()[:120].decode(errors="ignore").strip("-")  # file systems allow 255 bytes
+    kept = "".join(char if unicodedata.category(char)[0] in "LNM" else " " for char in prompt)
+    words = [word for word in kept.split() if re.search(r"\w", word)]  # not a mark alone, such as an emoji's
+    stem = "-".join(words).encode()[:120].decode(errors="ignore").strip("-")  # file systems allow 255 bytes
     return f"{stem or 'empty'}-{seed}.png"
 
 
@@ -98,15 +92,12 @@ def check_folder(folder: Path) -> None:
         return
     for photo in visible_files(folder):
         strip = photo.with_suffix(".jsonl").is_file()  # the film strip of a run
-        if photo.suffix.lower() in PHOTO_ENDINGS and photo.is_file() and not strip and not _is_ours(photo):
+        if photo.suffix.lower() in PHOTO_ENDINGS and not strip and not _is_ours(photo):
             raise ValueError(f"{photo} is a picture of yours, and {folder} no place for ours: give another --out")
 
 
 def _is_ours(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return b"parameters\0" in file.read(1024)  # not with Pillow, which refuses large pages
+    return path.is_file() and b"parameters\0" in path.read_bytes()[:1024]  # Pillow would refuse large pages
 
 
 def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed: int) -> Path:
@@ -121,30 +112,11 @@ def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed:
     info.add_text("parameters", text.encode(errors="replace").decode())  # a file's name need not be UTF-8
     picture.save(stream, "PNG", pnginfo=info)
     data, place, number = stream.getvalue(), path, 1
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while not _reserve(place):
-            if place.is_file() and place.read_bytes() == data:
-                return place
-            number += 1
-            place = path.with_stem(f"{path.stem}-{number}")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error})") from None
-    try:
-        write_atomic(place, lambda beside: beside.write_bytes(data))
-    finally:
-        if place.stat().st_size == 0:  # reserved, but not written
-            place.unlink()
+    while os.path.lexists(place) and not (place.is_file() and place.read_bytes() == data):
+        number += 1
+        place = path.with_stem(f"{path.stem}-{number}")
+    write_atomic(place, lambda temporary: temporary.write_bytes(data))
     return place
-
-
-def _reserve(place: Path) -> bool:
-    """Create an empty file, in one step, since another process may try the same. Return False if there is a file."""
-    try:
-        place.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 def film_strip(
@@ -152,39 +124,35 @@ def film_strip(
     references: Sequence[Image.Image],
     rows: Sequence[tuple[int, float, Sequence[Image.Image]]],
     kept: int | None,
-    largest: int = 192,
 ) -> Image.Image:
-    """A run at a glance: the reference photos on top, then a row a validation (step, reward, a picture a prompt), and
-    the prompts above the columns; the row of the step `kept` is framed.
+    """A run at a glance: the photos, then a row for each validation (step, reward, a picture for each prompt).
 
-    Pictures are at most `largest` pixels wide, less if the page would exceed PAGE. Of more than ROWS validations it
-    shows every second, or third, ..., the kept one and the last.
+    The row of the step `kept` is framed. Pictures are at most 192 pixels wide, less if the page would exceed PAGE.
+    Of more than ROWS validations it shows every second, or third, ..., the kept one and the last.
     """
     every = -(-len(rows) // ROWS)
     rows = [row for i, row in enumerate(rows) if i % every == 0 or row[0] == kept or i == len(rows) - 1]
-    margin, head, font = 104, 66 + 2 * GAP, ImageFont.load_default(12)
+    left, head, font = 104, 66 + 2 * GAP, ImageFont.load_default(12)
     columns = max(len(prompts), min(len(references), 8))
     bands = -(-len(references) // columns)  # rows of photos
-    side = min(largest, references[0].width, (PAGE - margin) // columns - GAP)
+    side = min(192, references[0].width, (PAGE - left) // columns - GAP)
     side = min(side, (PAGE - head) // (bands + len(rows)) - GAP)
-    size = margin + columns * (side + GAP), head + (bands + len(rows)) * (side + GAP)
-    page = Image.new("RGB", size, PAPER)
+    cell = side + GAP
+    page = Image.new("RGB", (left + columns * cell, head + (bands + len(rows)) * cell), PAPER)
     pen = ImageDraw.Draw(page)
 
-    def place(pictures: Sequence[Image.Image], top: int, label: str, ink: tuple[int, int, int] = INK) -> None:
-        pen.multiline_text((8, top + side // 2 - 22), label, ink, font)
-        for i, picture in enumerate(pictures):
-            row, column = divmod(i, columns)
-            page.paste(_resized(picture, side), (margin + column * (side + GAP), top + row * (side + GAP)))
-
-    place(references, GAP, "your photos")
+    _paste(page, references, side, columns, left, GAP)
+    pen.multiline_text((8, GAP + side // 2 - 22), "your photos", INK, font)
     for i, prompt in enumerate(prompts):
         text = textwrap.fill(prompt, max(8, side // 7))
-        pen.multiline_text((margin + i * (side + GAP), bands * (side + GAP) + 2 * GAP), text, INK, font, spacing=1)
-    for i, (step, reward, pictures) in enumerate(rows):
-        top, name = head - GAP + (bands + i) * (side + GAP), "the base" if step == 0 else f"step {step}"
-        label = f"{name}\nreward\n{reward:.4f}" + ("\nKEPT" if step == kept else "")
-        place(pictures, top, label, KEPT if step == kept else INK)
+        pen.multiline_text((left + i * cell, bands * cell + 2 * GAP), text, INK, font, spacing=1)
+    top = head - GAP + bands * cell
+    for step, reward, pictures in rows:
+        _paste(page, pictures, side, columns, left, top)
+        text = f"{f'step {step}' if step else 'the base'}\nreward\n{reward:.4f}"
         if step == kept:
+            text += "\nKEPT"
             pen.rectangle((1, top - 3, page.width - 1, top + side + 2), outline=KEPT, width=3)
+        pen.multiline_text((8, top + side // 2 - 22), text, KEPT if step == kept else INK, font)
+        top += cell
     return page

@@ -23,13 +23,6 @@ def protect_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:  # closed, as by 2>&-; a file opened later would get its number, and what libraries print
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif _is_file(stream, number):
+        elif stream is getattr(sys, f"__{name}__") and os.name != "nt":  # a Windows console is no file
             raw = io.BufferedWriter(_Lossy(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
-
-
-def _is_file(stream: object, number: int) -> bool:
-    """Return True for Python's own stream of that number, but not for a Windows console, or what a test puts there."""
-    raw = getattr(stream, "buffer", None)
-    raw = getattr(raw, "raw", raw)  # python -u has no buffer in between
-    return type(raw) is io.FileIO and raw.fileno() == number
