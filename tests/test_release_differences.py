@@ -14,6 +14,7 @@ from string import Template
 
 import pytest
 import torch
+from runs import NEGATIVES, RESULT, RPO, contents, same, same_results, watched
 from safetensors.torch import load_file
 from tiny import call
 
@@ -24,7 +25,6 @@ import sample
 import train
 from baselines.release import Release
 from model.files.tensors import read_metadata
-from runs import NEGATIVES, RESULT, RPO, contents, same, same_results, watched
 from support import flags
 
 ROOT = Path(train.__file__).parent

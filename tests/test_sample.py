@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import WEIGHTS, call, error_line, files_in, parameters, write_base, write_ckpt
 
 import sample
@@ -90,15 +91,10 @@ def test_checkpoint_alone_says_base_subject_guidance_and_size(run, base, ckpt, e
 def test_base_alone_is_the_embedded_one(run, base):
     assert run("--base", base) == 0
     drawn = parameters(Path("outputs/a-photo-of-a-dog-0.png"))
-    assert drawn["prompt"] == "a photo of a dog" and drawn["CFG scale"] == "7.5" and drawn["Model"] == "base"
+    assert (drawn["prompt"], drawn["CFG scale"], drawn["Model"]) == ("a photo of a dog", "7.5", "base")
     for name, options in {"default": (), "named": ("--base", flags.EMBEDDED_BASE)}.items():
         assert run(*options, *DOG, "--size", 64, "--out", name) == 0
     assert pixels("default") == pixels("named")
-
-
-def test_embedded_base_is_found_by_its_name(run, base, elsewhere, capsys):
-    assert run("--ckpt", write_ckpt(base, elsewhere / "a.safetensors", base="weights/toy")) == 2
-    assert "does not fit" in error_line(capsys)  # it was read: the tiny U-Net is another
 
 
 def test_prompts_seeds_and_grid(run, ckpt):
@@ -119,24 +115,17 @@ def test_prompts_seeds_and_grid(run, ckpt):
         assert page.crop((x, y, x + 16, y + 16)).tobytes() == drawn[name]
 
 
-def test_same_command_same_files(run, ckpt, tmp_path):
-    for out, seed in {"one": ("--seed", 0), "two": (), "other": ("--seed", 5)}.items():  # 0 is the default
-        assert run("--ckpt", ckpt, "--n", 2, "--out", out, *seed) == 0
-    assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(files_in(tmp_path / "one")) == 9
-    assert pixels("other")["grid.png"] != pixels("one")["grid.png"]
-
-
 def test_options_reach_the_pictures(run, base):
     """Every option that is parsed changes them, but for --batch, which must not."""
     command = ("--base", base, *DOG, "--steps", 3)
     assert run(*command, "--out", "plain") == 0
-    plain = pixels("plain")["a-dog-0.png"]
-    changes = ["--guidance 2", "--steps 2", "--scheduler ddim", "--scheduler ddpm", "--size 24", "--seed 1"]
-    for option in changes:
+    plain, again = pixels("plain")["a-dog-0.png"], {"again": (), "batch": ("--n", 3, "--batch", 2, "--seed", 0)}
+    for option in ("--guidance 2", "--steps 2", "--scheduler ddim", "--scheduler ddpm", "--size 24", "--seed 1"):
         assert run(*command, *option.split(), "--out", option) == 0
         assert plain not in pixels(option).values()
-    assert run(*command, "--n", 3, "--batch", 2, "--out", "batch") == 0
-    assert pixels("batch")["a-dog-0.png"] == plain
+    for out, options in again.items():
+        assert run(*command, *options, "--out", out) == 0
+        assert pixels(out)["a-dog-0.png"] == plain
 
 
 def test_png_carries_its_settings(run, base, ckpt, elsewhere):
@@ -163,9 +152,8 @@ def test_comfyui_reads_the_png(run, base, sampler, client):
     at = text.rindex("\nSteps:")
     negative = text.rindex("\nNegative prompt:", 0, at)
     assert text[:negative].strip() == "a dog" and text[negative + 18 : at].strip() == ""
-    name = parameters(Path("outputs/a-dog-0.png"))["Sampler"].lower().replace("++", "pp").replace(" ", "_")
-    known = {"euler", "dpmpp_2m", "dpmpp_sde", "ddpm", "ddim", "uni_pc"}
-    assert {name} & known == ({client} if client else set())
+    name = re.search("Sampler: (.+?),", text)[1].lower().replace("++", "pp").replace(" ", "_")
+    assert client == (name if name in ("euler", "dpmpp_2m", "dpmpp_sde", "ddpm", "ddim", "uni_pc") else None)
 
 
 # ---------------------------------------------------------------------------------------------- odd prompts
@@ -199,36 +187,17 @@ def test_no_picture_replaces_another(run, base, ckpt, elsewhere, tmp_path):
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        *["--steps 0", "--steps 1.5", "--steps 1001", "--n 0", "--seed -1", "--seed x", "--guidance 1e30"],
-        *["--guidance nan", "--batch 0", "--size 0", "--size 17", "--size big", "--scheduler best", "--device abacus"],
-        *["--device meta", "--nonsense", "--prompt", "--export-single x.ckpt", "--export-single=", "--ckpt=", "--out="],
-    ],
+BAD = (
+    "--steps 0, --steps 1.5, --steps 1001, --n 0, --seed -1, --guidance 1e30, --guidance nan, --batch 0, --size big, "
+    "--scheduler best, --device meta, --nonsense, --prompt, --export-single x.ckpt, --export-single=, --ckpt=, --out="
 )
+
+
+@pytest.mark.parametrize("option", [*BAD.split(", "), "--size 17"])
 def test_bad_option_is_one_line(run, base, tmp_path, capsys, option):
     assert run("--base", base, *option.split()) == 2
-    name = option.split()[0]
-    named = {"--n": "--n", "--size": "si"}.get(name, name.strip("-="))  # --size 17: the picture's side
-    assert named in error_line(capsys) and files_in(tmp_path) == []
-
-
-def spoilt(kind, base, ckpt, folder):
-    """A checkpoint that cannot be used."""
-    path, tensors, header = folder / f"{kind}.safetensors", load_file(ckpt), {"base": str(base)}
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "cut":
-        path.write_bytes(ckpt.read_bytes()[:1000])
-    elif kind != "missing":
-        if kind == "lacking":
-            del tensors["conv_out.weight"]
-        if kind == "nan":
-            tensors["conv_out.bias"][0] = torch.nan
-        changes = {"no base": {"base": ""}, "base gone": {"base": "no/such/base"}, "guidance": {"guidance": "much"}}
-        save_tensors(tensors, path, header | changes.get(kind, {}))
-    return path
+    word = "side" if option == "--size 17" else option.split()[0].strip("=")  # known when the base is loaded
+    assert word.strip("-") in error_line(capsys) and files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -239,65 +208,51 @@ def spoilt(kind, base, ckpt, folder):
     ],
 )
 def test_bad_checkpoint_is_one_line(run, base, ckpt, tmp_path, elsewhere, capsys, kind, word):
-    path = spoilt(kind, base, ckpt, elsewhere)
+    path, tensors, header = elsewhere / f"{kind}.safetensors", load_file(ckpt), {"base": str(base)}
+    wrong = {"no base": {"base": ""}, "base gone": {"base": "no/such/base"}, "guidance": {"guidance": "much"}}
+    if kind == "lacking":
+        del tensors["conv_out.weight"]
+    elif kind == "nan":
+        tensors["conv_out.bias"][0] = torch.nan
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        save_tensors(tensors, path, header | wrong.get(kind, {}))
+        os.truncate(path, 1000 if kind == "cut" else path.stat().st_size)
     assert run("--ckpt", path) == 2
     line = error_line(capsys)
     assert word in line and (str(path) in line or kind == "nan") and files_in(tmp_path) == []
-
-
-@pytest.mark.parametrize("kind", ["no base", "base gone"])
-def test_base_can_be_named_where_the_header_does_not_help(run, base, ckpt, elsewhere, kind):
-    assert run("--ckpt", spoilt(kind, base, ckpt, elsewhere), "--base", base) == 0
-    assert "a-photo-of-a-dog-0.png" in files_in(Path("outputs"))
-
-
-@pytest.mark.parametrize("name", ["", "unet", "vae", "text_encoder", "tokenizer", "scheduler", f"unet/{WEIGHTS}"])
-def test_incomplete_base_is_one_line(run, copy, tmp_path, capsys, name):
-    shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
-    assert run("--base", copy) == 2
-    assert (Path(name).parts[0] if name else str(copy)) in error_line(capsys) and files_in(tmp_path) == []
+    assert (run("--ckpt", path, "--base", base) == 0) == (word == "--base")  # it does what the line says
 
 
 @pytest.mark.parametrize(
     ("file", "change"),
     [
+        *[(name, None) for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", f"unet/{WEIGHTS}")],
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}),
-        ("tokenizer/tokenizer_config.json", {"model_max_length": 78}),
-        ("rpo.json", {"guidance": "strong"}),
+        *[("tokenizer/tokenizer_config.json", {"model_max_length": 78}), ("rpo.json", {"guidance": "strong"})],
     ],
     ids=str,
 )
-def test_tampered_base_is_one_line(run, copy, tmp_path, capsys, file, change):
-    values = json.loads((copy / file).read_text(encoding="utf-8")) if (copy / file).is_file() else {}
-    (copy / file).write_text(json.dumps(values | change), encoding="utf-8")
-    assert run("--base", copy) == 2
-    line, (name, value) = error_line(capsys), *change.items()
-    assert Path(file).parts[0] in line and str(value) in line and (name in line or name == "model_max_length")
-    assert files_in(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("part", "tensor", "name"),
-    [
-        ("text_encoder", "text_model.final_layer_norm.bias", "the text encoder"),
-        ("vae", "decoder.conv_out.bias", "the VAE's decoder"),
-    ],
-)
-def test_damaged_part_is_one_line_and_leaves_the_old_pictures(run, base, copy, tmp_path, capsys, part, tensor, name):
-    assert run("--base", base) == 0
-    before = contents(tmp_path)
-    capsys.readouterr()
-    (path,) = (copy / part).glob("*.safetensors")
-    save_file(load_file(path) | {tensor: load_file(path)[tensor] * torch.nan}, path)
+def test_a_part_that_is_missing_or_wrong_is_one_line(run, copy, tmp_path, capsys, file, change):
+    path = copy / file
+    if change is None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    else:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path.write_text(json.dumps(values | change), encoding="utf-8")
     assert run("--base", copy) == 2
     line = error_line(capsys)
-    assert name in line and "not finite" in line and "damaged" in line and contents(tmp_path) == before
+    assert Path(file).parts[0] in line and files_in(tmp_path) == []
+    assert all(str(value) in line for value in (change or {}).values())
 
 
-@pytest.mark.parametrize("out", ["file", "file/below", "file/far/below", "taken"])
-def test_unwritable_output_is_one_line(run, base, tmp_path, capsys, out):
+@pytest.mark.parametrize("out", ["file", "file/below", "file/far/below", "taken", "my_photos"])
+def test_where_nothing_can_or_should_be_written_is_one_line(run, base, tmp_path, capsys, out):
     (tmp_path / "file").write_text("a file", encoding="utf-8")
     (tmp_path / "taken" / "grid.png").mkdir(parents=True)
+    (tmp_path / "my_photos").mkdir()
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "my_photos" / "IMG_1.JPG")
     before = files_in(tmp_path)
     assert run("--base", base, "--out", out) == 2
     assert out.split("/")[0] in error_line(capsys) and files_in(tmp_path) == before
@@ -334,39 +289,34 @@ def test_a_run_that_ends_early_keeps_what_is_saved(run, base, tmp_path, monkeypa
     assert all(Path("outputs", name).read_bytes() == Path("whole", name).read_bytes() for name in names)
 
 
-def start(*arguments, **options):
-    """sample.py as a process of its own, one small picture."""
-    command = [sys.executable, sample.__file__, *map(str, QUICK), *DOG, *map(str, arguments)]
-    return subprocess.Popen(command, text=True, **options)
+def start(*arguments, **streams):
+    """sample.py as a process of its own; long enough for a progress bar."""
+    options = ("--steps", 40, "--n", 3, "--batch", 1, *DOG, *arguments)
+    return subprocess.Popen([sys.executable, sample.__file__, *map(str, options)], text=True, **streams)
 
 
-def test_as_a_command_of_its_own(ckpt, tmp_path):
+def test_as_a_command_of_its_own(base, tmp_path):
     """The exit status and the streams, as a shell sees them."""
     streams = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    bad = start("--ckpt", "no", **streams)
-    out, err = bad.communicate(timeout=60)
-    assert (bad.returncode, out, err.count("\n")) == (2, "", 1) and err.startswith("sample.py: error: ")
-    good = start("--ckpt", ckpt, **streams)
-    out, err = good.communicate(timeout=60)
-    assert good.returncode == 0 and "outputs/grid.png" in out and "Traceback" not in err
-    assert files_in(tmp_path / "outputs") == ["a-dog-0.png", "grid.png"]
+    with start("--ckpt", "no", **streams) as bad, start("--base", base, **streams) as good:
+        out, err = bad.communicate(timeout=60)
+        assert (bad.returncode, out, err.count("\n")) == (2, "", 1) and err.startswith("sample.py: error: ")
+        out, err = good.communicate(timeout=60)
+        assert good.returncode == 0 and "outputs/grid.png" in out and "Traceback" not in err
 
 
 @pytest.mark.parametrize("broken", ["closed", "full", "no reader", "no terminal"])
 def test_a_broken_output_loses_no_picture(base, tmp_path, broken):
-    streams, ends = {"cwd": tmp_path}, []
     if broken == "closed":  # as by 2>&-
-        streams["preexec_fn"] = lambda: os.close(2)
-    elif broken == "full":
-        ends = [os.open("/dev/full", os.O_WRONLY)]
-    else:  # a pipe such as | true, a terminal that was closed under nohup
-        reader, writer = os.pipe() if broken == "no reader" else pty.openpty()
-        os.close(reader)
-        ends, streams["preexec_fn"] = [writer], lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if ends:
-        streams |= {"stdout": ends[0], "stderr": ends[0]}
-    process = start("--base", base, "--n", 3, "--batch", 1, "--steps", 40, **streams)  # long enough for a progress bar
-    for end in ends:
+        process = start("--base", base, cwd=tmp_path, preexec_fn=lambda: os.close(2))
+    else:
+        if broken == "full":
+            end = os.open("/dev/full", os.O_WRONLY)
+        else:  # a pipe such as | true, or a terminal that was closed under nohup
+            reader, end = os.pipe() if broken == "no reader" else pty.openpty()
+            os.close(reader)
+        streams = {"stdout": end, "stderr": end, "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+        process = start("--base", base, cwd=tmp_path, **streams)
         os.close(end)
     assert process.wait(timeout=60) == 0
     assert files_in(tmp_path / "outputs") == [*(f"a-dog-{seed}.png" for seed in range(3)), "grid.png"]
@@ -400,36 +350,3 @@ def test_an_export_replaces_an_export_and_nothing_else(base, copy, ckpt, run, tm
     shutil.copytree(base / "tokenizer", tmp_path / "tokenizer")
     assert run("--base", "whole.safetensors", "--export-single", "whole.safetensors") == 2
     assert "another name" in error_line(capsys)
-
-
-def test_a_file_without_its_own_tokenizer_says_so(base, run, tmp_path, capsys):
-    assert run("--base", base, "--export-single", "whole.safetensors") == 0
-    assert run("--base", "whole.safetensors") == 2
-    line = error_line(capsys)
-    at = [line.index(words) for words in ("the base it was made from", "Stable Diffusion 1.x", "hf download", "2.x")]
-    assert at == sorted(at)
-    shutil.copytree(flags.EMBEDDED_BASE / "tokenizer", tmp_path / "tokenizer")
-    assert run("--base", "whole.safetensors") == 2
-    assert "the text encoder reads" in error_line(capsys) and not Path("outputs").exists()
-
-
-@pytest.mark.parametrize("name", ["grid.png", "IMG_1.JPG"])
-def test_among_the_users_photos_nothing_is_drawn(run, ckpt, tmp_path, capsys, name):
-    """The next training would take the drawings for photos."""
-    photos = tmp_path / "my_dog"
-    photos.mkdir()
-    Image.new("RGB", (4, 4), "red").save(photos / name)
-    assert run("--ckpt", ckpt, "--out", photos) == 2
-    assert name in (line := error_line(capsys)) and "--out" in line and files_in(photos) == [name]
-
-
-def test_where_our_pictures_are_more_may_be_drawn(run, ckpt, tmp_path):
-    """An interrupted run leaves no grid.png; and the user may have put something next to a finished one's."""
-    assert run("--ckpt", ckpt, *DOG) == 0
-    Path("outputs/grid.png").unlink()
-    assert run("--ckpt", ckpt, *DOG) == 0
-    Image.new("RGB", (4, 4), "red").save("outputs/edited.jpg")
-    assert run("--ckpt", ckpt, *DOG) == 0
-    for name in ("best.png", "best.jsonl", "._IMG_1.jpg"):  # a run's own folder is no folder of photos
-        (tmp_path / name).write_text("x", encoding="utf-8")
-    assert run("--ckpt", ckpt, *DOG, "--out", tmp_path) == 0

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from runs import RESULT, RPO, STATE, contents, history, same, same_results, steps, stopped, train_tiny, validations
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS, error_line, files_in, write_base
 
@@ -26,7 +27,6 @@ from model.files.tensors import read_metadata
 from model.stable_diffusion import StableDiffusion
 from model.tokenizer import BertTokenizer
 from reward import Reward
-from runs import RESULT, RPO, STATE, contents, history, same, same_results, steps, stopped, train_tiny, validations
 from subject import load_photos, load_subject
 from support import memory, randomness, results
 from support.header import VERSION

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import history, steps, stopped, train_tiny
 from tiny import error_line
 from torch import nn
 
@@ -15,7 +16,6 @@ from baselines.dreambooth import PriorBatch
 from model.dino import DINO, DINOConfig
 from model.files.config import config_from
 from model.files.tensors import read_metadata
-from runs import history, steps, stopped, train_tiny
 from support import memory
 from toy.networks import DINO_CONFIG, PREPROCESSORS, write_part
 

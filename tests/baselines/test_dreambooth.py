@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import QUICK, history, steps, validations, watched
 from tiny import call
 
 import baselines.__main__
@@ -15,7 +16,6 @@ import train
 from baselines.dreambooth import DreamBooth, dreambooth_loss
 from model.files.tensors import read_metadata
 from model.stable_diffusion import StableDiffusion
-from runs import QUICK, history, steps, validations, watched
 from support import randomness
 
 ROOT = Path(train.__file__).parent
