@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.files.config import config_from, read_json
+from model.files.config import read_config
 from model.files.tensors import load
 from model.preprocess import Preprocessor
 
@@ -39,11 +41,7 @@ class ALIGNTextConfig:
 
 @dataclass(frozen=True)
 class ALIGNVisionConfig:
-    """`vision_config` of config.json: EfficientNet-B7. Each list has one entry a stage.
-
-    `hidden_dim`, `image_size` and `num_hidden_layers` of the file change no number and are not read: there is no top
-    convolution, the pool is a plain mean, and `num_block_repeats` counts the blocks.
-    """
+    """`vision_config` of config.json, the fields that change a number: EfficientNet-B7. Lists have an entry a stage."""
 
     width_coefficient: float = 2.0
     depth_coefficient: float = 3.1
@@ -95,22 +93,13 @@ class ALIGNPreprocessor(Preprocessor):
 class Block(nn.Module):
     """EfficientNet's inverted residual: widen, filter each channel in space, weigh the channels, narrow again.
 
-    `symmetric`: pad as much before as after; else one pixel less before, as blocks of stride 2 were trained.
-    `residual`: add the input, as all blocks of a stage but the first do.
+    shape: input and output width, kernel, stride, expansion ratio. `symmetric`: pad as much before as after; else one
+    pixel less before, as blocks of stride 2 were trained. `residual`: add the input, as all but a stage's first do.
     """
 
-    def __init__(
-        self,
-        config: ALIGNVisionConfig,
-        width_in: int,
-        width_out: int,
-        kernel: int,
-        stride: int,
-        ratio: int,
-        symmetric: bool,
-        residual: bool,
-    ):
+    def __init__(self, config: ALIGNVisionConfig, shape: Sequence[int], symmetric: bool, residual: bool):
         super().__init__()
+        width_in, width_out, kernel, stride, ratio = shape
         wide, pad = width_in * ratio, kernel // 2
         squeezed = max(1, int(width_in * config.squeeze_expansion_ratio))  # a part of width_in, not of `wide`
         self.padding = None if symmetric else (pad - 1, pad, pad - 1, pad)
@@ -150,13 +139,13 @@ class VisionTower(nn.Module):
         stem = 3, config.width(STEM_WIDTH), 3
         self.embeddings = _conv_norm(config, "convolution", "batchnorm", *stem, stride=2)
         blocks = nn.ModuleList()
-        stages = (config.in_channels, config.out_channels, config.kernel_sizes, config.strides, config.expand_ratios)
-        for *stage, repeats in zip(*stages, config.num_block_repeats, strict=True):
-            channels_in, channels_out, kernel, stride, ratio = stage
-            width_in, width_out = config.width(channels_in), config.width(channels_out)
+        widths = map(config.width, config.in_channels), map(config.width, config.out_channels)
+        stages = zip(*widths, config.kernel_sizes, config.strides, config.expand_ratios, strict=True)
+        for (width_in, width_out, kernel, stride, ratio), repeats in zip(stages, config.num_block_repeats, strict=True):
             for repeat in range(config.repeats(repeats)):
                 symmetric = stride == 1 or len(blocks) in config.depthwise_padding
-                blocks.append(Block(config, width_in, width_out, kernel, stride, ratio, symmetric, residual=repeat > 0))
+                shape = width_in, width_out, kernel, stride, ratio
+                blocks.append(Block(config, shape, symmetric, residual=repeat > 0))
                 width_in, stride = width_out, 1
         self.encoder = nn.ModuleDict({"blocks": blocks})
 
@@ -201,14 +190,10 @@ class TextTower(nn.Module):
     def __init__(self, config: ALIGNTextConfig):
         super().__init__()
         width = config.hidden_size
-        self.embeddings = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(config.vocab_size, width),
-                "position_embeddings": nn.Embedding(config.max_position_embeddings, width),
-                "token_type_embeddings": nn.Embedding(config.type_vocab_size, width),
-                "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps),
-            }
-        )
+        sizes = {"word": config.vocab_size, "position": config.max_position_embeddings}
+        sizes |= {"token_type": config.type_vocab_size}
+        self.embeddings = nn.ModuleDict({f"{name}_embeddings": nn.Embedding(n, width) for name, n in sizes.items()})
+        self.embeddings["LayerNorm"] = nn.LayerNorm(width, eps=config.layer_norm_eps)
         layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
         self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)})  # in the file; ALIGN does not use it
@@ -243,21 +228,14 @@ class ALIGN(nn.Module):
     def from_pretrained(cls, folder: Path, dtype=torch.float32) -> ALIGN:
         """Frozen, in eval mode, on the CPU; reads preprocessor_config.json too, if there is one.
         Raises CheckpointError if the folder's files are missing or do not fit."""
-        path = Path(folder) / "config.json"
-        config = config_from(ALIGNConfig, read_json(path), path)
-        preprocess = ALIGNPreprocessor.from_pretrained(path.parent)
-        return load(lambda config: cls(config, preprocess), config, folder, dtype)
+        preprocess = ALIGNPreprocessor.from_pretrained(Path(folder))
+        config = read_config(ALIGNConfig, Path(folder) / "config.json")
+        return load(partial(cls, preprocess=preprocess), config, folder, dtype)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, H, W) from `preprocess`, of any size -> (B, projection_dim), not normalised.
-
-        The pooled map itself: ALIGN has no image projection.
-        """
+        """pixels (B, 3, H, W) from `preprocess`, of any size -> (B, projection_dim), not normalised."""
         return self.vision_model(pixels)
 
     def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B, L) int64 and mask (B, L), 1 at tokens and 0 at padding -> (B, projection_dim), not normalised.
-
-        The projected last hidden state of [CLS]; BERT's tanh pooler is not used.
-        """
+        """ids (B, L) int64, mask (B, L), 1 at tokens, 0 at padding -> (B, projection_dim), of [CLS], not normalised."""
         return self.text_projection(self.text_model(ids, mask)[:, 0])

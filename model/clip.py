@@ -9,6 +9,7 @@ Modules are named after those files' keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from model.files.config import config_from, read_json
-from model.files.errors import CheckpointError
+from model.files.config import read_config
 from model.files.tensors import load
 from model.preprocess import Preprocessor
 
@@ -104,7 +104,7 @@ class Layer(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """(batch, n, width) -> the same; `causal`: as for Attention."""
+        """(batch, n, width) -> the same."""
         x = x + self.self_attn(self.layer_norm1(x), causal)
         return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 
@@ -126,11 +126,10 @@ class Encoder(nn.Module):
 class TextTower(nn.Module):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        for table in (tokens, positions):
+        sizes = {"token_embedding": config.vocab_size, "position_embedding": config.max_position_embeddings}
+        self.embeddings = nn.ModuleDict({name: nn.Embedding(n, config.hidden_size) for name, n in sizes.items()})
+        for table in self.embeddings.values():
             nn.init.normal_(table.weight, std=0.02)  # as CLIP was trained; torch's N(0, 1) is far too large
-        self.embeddings = nn.ModuleDict({"token_embedding": tokens, "position_embedding": positions})
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -183,10 +182,8 @@ class CLIPTextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> CLIPTextEncoder:
-        """Frozen, in eval mode, on the CPU; `variant`: as for `find_weights`.
-        Raises CheckpointError if the folder's files are missing or do not fit."""
-        path = Path(folder) / "config.json"
-        config = config_from(CLIPTextConfig, read_json(path), path)
+        """Frozen, in eval mode, on the CPU; `variant`: as for `find_weights`. Raises CheckpointError."""
+        config = read_config(CLIPTextConfig, Path(folder) / "config.json")
         return load(cls, config, folder, dtype, add_prefix, variant)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -203,8 +200,7 @@ class CLIP(nn.Module):
         self.config = config
         self.image_size = side = config.vision_config.image_size
         self.preprocess = preprocess or CLIPPreprocessor(size=side, crop_size=side)
-        if self.preprocess.crop_size != side:
-            raise CheckpointError(f"the preprocessor crops to {self.preprocess.crop_size} pixels, CLIP reads {side}")
+        self.preprocess.check_side(side)
         self.text_model = TextTower(config.text_config)
         self.vision_model = VisionTower(config.vision_config)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
@@ -215,24 +211,18 @@ class CLIP(nn.Module):
     def from_pretrained(cls, folder: Path, dtype=torch.float32) -> CLIP:
         """Frozen, in eval mode, on the CPU; reads preprocessor_config.json too, if there is one.
         Raises CheckpointError if the folder's files are missing or do not fit."""
-        path = Path(folder) / "config.json"
-        values = read_json(path)
-        for tower in ("text_config", "vision_config"):  # files of 2022 have text_config_dict too, or instead
-            values[tower] = {**(values.get(tower) or {}), **(values.get(f"{tower}_dict") or {})}
-        preprocess = CLIPPreprocessor.from_pretrained(path.parent)
-        return load(lambda config: cls(config, preprocess), config_from(CLIPConfig, values, path), folder, dtype)
+        preprocess = CLIPPreprocessor.from_pretrained(Path(folder))
+        config = read_config(CLIPConfig, Path(folder) / "config.json")
+        return load(partial(cls, preprocess=preprocess), config, folder, dtype)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels (batch, 3, image_size, image_size) from `preprocess` -> (batch, projection_dim)."""
         return self.visual_projection(self.vision_model(pixels))
 
     def text_features(self, ids: Tensor) -> Tensor:
-        """ids int64 (batch, n) from CLIPTokenizer -> (batch, projection_dim), of the first end token.
-
-        Old files give eos_token_id 2, which is wrong: for them the end token is the largest id of a row.
-        """
-        eos = self.config.text_config.eos_token_id
-        end = ids.argmax(dim=-1) if eos == 2 else (ids == eos).int().argmax(dim=-1)  # the first
+        """ids int64 (batch, n) from CLIPTokenizer -> (batch, projection_dim), of the first end token."""
+        eos = self.config.text_config.eos_token_id  # old files say 2, which is wrong: the end token is the largest id
+        end = ids.argmax(dim=-1) if eos == 2 else (ids == eos).int().argmax(dim=-1)
         hidden = self.text_model(ids)
         return self.text_projection(hidden[torch.arange(len(ids), device=ids.device), end])
 

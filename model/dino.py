@@ -6,6 +6,7 @@ Follows facebook/dino-vits16; modules are named after the file's keys (the ViT o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.files.config import config_from, read_json
-from model.files.errors import CheckpointError
+from model.files.config import read_config
 from model.files.tensors import load
 from model.preprocess import Preprocessor
 
@@ -30,7 +30,6 @@ class DINOConfig:
     image_size: int = 224
     patch_size: int = 16
     layer_norm_eps: float = 1e-12
-    qkv_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ class Embeddings(nn.Module):
     def __init__(self, config: DINOConfig):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
-        projection = nn.Conv2d(3, width, patch, stride=patch)
-        self.patch_embeddings = nn.ModuleDict({"projection": projection})
+        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, width, patch, stride=patch)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.position_embeddings = nn.Parameter(torch.empty(1, (config.image_size // patch) ** 2 + 1, width))
         for table in (self.cls_token, self.position_embeddings):
@@ -67,9 +65,9 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DINOConfig):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, n, width) -> the same."""
@@ -102,8 +100,7 @@ class DINO(nn.Module):
         self.config = config
         self.image_size = side = config.image_size
         self.preprocess = preprocess or DINOPreprocessor(size=side)
-        if self.preprocess.crop_size != side:
-            raise CheckpointError(f"the preprocessor resizes to {self.preprocess.crop_size} pixels, DINO reads {side}")
+        self.preprocess.check_side(side)
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -111,12 +108,10 @@ class DINO(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32) -> DINO:
         """Frozen, in eval mode, on the CPU; reads preprocessor_config.json too, if there is one.
-        A pooler, which some ViT files have and DINO does not, is ignored.
         Raises CheckpointError if the folder's files are missing or do not fit."""
-        path = Path(folder) / "config.json"
-        config = config_from(DINOConfig, read_json(path), path)
-        preprocess = DINOPreprocessor.from_pretrained(path.parent)
-        return load(lambda config: cls(config, preprocess), config, folder, dtype, drop_pooler)
+        preprocess = DINOPreprocessor.from_pretrained(Path(folder))
+        config = read_config(DINOConfig, Path(folder) / "config.json")
+        return load(partial(cls, preprocess=preprocess), config, folder, dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (batch, 3, image_size, image_size) from `preprocess` -> (batch, hidden_size), of the class token."""
@@ -124,10 +119,6 @@ class DINO(nn.Module):
         for layer in self.encoder["layer"]:
             x = layer(x)
         return self.layernorm(x[:, 0])
-
-
-def drop_pooler(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.dense.")}
 
 
 def _dense(width_in: int, width_out: int) -> nn.ModuleDict:

@@ -62,8 +62,7 @@ class LoRA(nn.ModuleDict):
 def add_lora(unet: nn.Module, rank: int, alpha: float | None = None, *, generator: torch.Generator) -> LoRA:
     """Freeze the U-Net and give it new adapters, which change nothing yet; returns them, to be trained.
 
-    alpha: by default the rank. generator: a CPU one, for `down`, uniform with the variance 1 / (3 * width) that a
-    Linear begins with.
+    alpha: by default the rank. generator: on the CPU, draws `down` uniformly, with a Linear's variance 1 / (3 * width).
     """
     tensors, alphas = {}, {}
     for place, layer in unet.named_modules():
@@ -81,10 +80,8 @@ def load_lora(unet: nn.Module, path: Path, read: dict[str, Tensor] | None = None
     """Give the U-Net, which has none yet, the adapters of a file, frozen; returns them.
 
     read: the file's tensors, if they have been read already. The file may adapt any linear or convolution layers, each
-    with its own rank and alpha. Raises CheckpointError, and leaves the U-Net as it was, if it is no LoRA of this U-Net
-    alone.
+    with its own rank and alpha. Raises CheckpointError, and leaves the U-Net as it was, if it does not fit.
     """
-    path = Path(path)
     try:
         tensors, alphas = read_adapters(path, read_tensors(path) if read is None else read)
         return _attach(unet, tensors, alphas, path).requires_grad_(False)
@@ -96,10 +93,8 @@ def load_lora(unet: nn.Module, path: Path, read: dict[str, Tensor] | None = None
 
 def _attach(unet: nn.Module, tensors: dict[str, Tensor], alphas: dict[str, float], source: Path | str) -> LoRA:
     """Put adapters with these tensors, named as in a file, into the U-Net."""
-    layers, lora = {}, LoRA()
-    for place, layer in unet.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            layers[adapter_name(place)] = place, layer
+    kinds, lora = (nn.Linear, nn.Conv2d), LoRA()
+    layers = {adapter_name(at): (at, layer) for at, layer in unet.named_modules() if isinstance(layer, kinds)}
     if unknown := [key for key in sorted(tensors) if key.partition(".")[0] not in layers]:
         raise CheckpointError(f"{source} holds {unknown[0]}, which fits no layer of this U-Net")
     for name in layers:
@@ -120,14 +115,13 @@ def lora_of(unet: nn.Module) -> LoRA:
 @contextmanager
 def without_lora(unet: nn.Module):
     """Inside, the U-Net is the base, θ₀. Under no_grad() only: checkpointed blocks run again in backward(), outside."""
-    adapted = [layer for _, layer in _adapted(unet)]
-    before = [layer.on for layer in adapted]
+    before = [(layer, layer.on) for _, layer in _adapted(unet)]
     try:
-        for layer in adapted:
+        for layer, _ in before:
             layer.on = False
         yield
     finally:
-        for layer, on in zip(adapted, before, strict=True):
+        for layer, on in before:
             layer.on = on
 
 

@@ -12,14 +12,14 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from model.files.config import config_from, one_size, read_json
+from model.files.config import read_config
 
 
 @dataclass(frozen=True)
 class Preprocessor:
     """Resize, cut out the centre, scale, normalise: bit for bit as transformers' processors for PIL images.
 
-    The defaults are the simplest case; each network has its own. Raises CheckpointError for a size of another form.
+    The defaults are the simplest case; each network has its own. Raises ValueError for a size of another form.
     """
 
     size: int | dict = 224  # a number, or {"shortest_edge": number}, or {"height": number, "width": the same}
@@ -34,8 +34,8 @@ class Preprocessor:
 
     def __post_init__(self):
         edges = ["shortest_edge"] if self.keep_aspect else ["height", "width"]
-        size = one_size("size", self.size, *edges)
-        crop_size = size if self.crop_size is None else one_size("crop_size", self.crop_size, "height", "width")
+        size = _one_size("size", self.size, edges)
+        crop_size = size if self.crop_size is None else _one_size("crop_size", self.crop_size, ["height", "width"])
         object.__setattr__(self, "size", size)
         object.__setattr__(self, "crop_size", crop_size)
 
@@ -43,7 +43,12 @@ class Preprocessor:
     def from_pretrained(cls, folder: Path) -> Preprocessor | None:
         """Read folder/preprocessor_config.json; None if there is none."""
         path = folder / "preprocessor_config.json"
-        return config_from(cls, read_json(path), path) if path.is_file() else None
+        return read_config(cls, path) if path.is_file() else None
+
+    def check_side(self, side: int) -> None:
+        """Raise ValueError if a network that reads pictures of this side cannot use these settings."""
+        if self.crop_size != side:
+            raise ValueError(f"the preprocessor gives {self.crop_size} pixels, the network reads {side}")
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """PIL images of any size and mode -> fp32 (n, 3, crop_size, crop_size)."""
@@ -61,3 +66,11 @@ class Preprocessor:
         if self.do_normalize:
             values = (values - np.float32(self.image_mean)) / np.float32(self.image_std)
         return torch.from_numpy(rearrange(values, "h w c -> c h w"))
+
+
+def _one_size(name: str, value: int | dict, edges: list[str]) -> int:
+    """A size: a number, or the same number for each of `edges`."""
+    size = value if isinstance(value, int) else value.get(edges[0])
+    if not isinstance(size, int) or value not in (size, dict.fromkeys(edges, size)):
+        raise ValueError(f"{name} {value} should be one number, or hold it as {' and '.join(edges)}")
+    return size

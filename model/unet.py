@@ -43,7 +43,7 @@ OTHER_MODELS = {
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The fields of the public unet/config.json that size the network. Raises CheckpointError for unknown blocks."""
+    """The fields of the public unet/config.json that size the network."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -56,12 +56,6 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads, despite its name
     use_linear_projection: bool = False
     norm_num_groups: int = 32
-
-    def __post_init__(self):
-        if unknown := {*self.down_block_types, *self.up_block_types} - BLOCKS.keys():
-            raise CheckpointError(
-                f"U-Net blocks {', '.join(sorted(unknown))} are not supported, only {', '.join(BLOCKS)}"
-            )
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -104,7 +98,7 @@ class UNet(nn.Module):
     def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> UNet:
         """The U-Net of a checkpoint's `unet` folder, frozen, on the CPU; `variant`: as for `find_weights`.
 
-        Raises CheckpointError if config.json is another kind of model's, or if a tensor does not fit.
+        Raises CheckpointError if it is another kind of U-Net, or if a tensor does not fit.
         """
         path = Path(folder) / "config.json"
         values = read_json(path)
@@ -114,10 +108,9 @@ class UNet(nn.Module):
         return load(cls, config_from(UNetConfig, values, path), folder, dtype, variant=variant)
 
     def checkpoint_gradients(self) -> None:
-        """Keep only the inputs of resnets and transformers for backward(), which then computes the rest again.
+        """Keep only the inputs of resnets and transformers; backward() computes the rest again (arXiv 1604.06174).
 
-        The gradients stay the same, for a third more work (arXiv 1604.06174). A deepcopy made afterwards would run
-        this network's layers.
+        A deepcopy made afterwards would run this network's layers.
         """
         for layer in self.modules():
             if isinstance(layer, (ResNet, Transformer)):  # no dropout, so no random state to restore
@@ -153,10 +146,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([_conv(width, stride=2)] if downsample else [])
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """x (B, C_in, H, W), t (B, 4·C_0), context (B, T, D) -> (B, C, H/2, W/2), and every layer's output.
-
-        H/2 and W/2 are rounded up; the last level keeps the size.
-        """
+        """x (B, C_in, H, W), t (B, 4·C_0), context (B, T, D) -> (B, C, ⌈H/2⌉, ⌈W/2⌉), and every layer's output."""
         kept = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, t)
@@ -190,9 +180,9 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([_conv(width)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], t: Tensor, context: Tensor, size: torch.Size | None) -> Tensor:
-        """x (B, C_in, H, W); skips: a (B, C_i, H, W) for each resnet; t (B, 4·C_0); context (B, T, D);
-        size: (height, width) of the level above, which is odd where halving rounded up; None at the top
-        -> (B, C, *size), or (B, C, H, W) at the top.
+        """x (B, C_in, H, W), skips (B, C_i, H, W) for each resnet, t (B, 4·C_0), context (B, T, D) -> (B, C, *size).
+
+        size: (height, width) of the level above, odd where halving rounded up; None at the top, which keeps H and W.
         """
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = resnet(torch.cat([x, skip], dim=1), t)
@@ -241,8 +231,7 @@ class Transformer(nn.Module):
         x = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         tokens = rearrange(x, "b c h w -> b (h w) c")  # a view, if x is channels_last
         tokens = self.proj_in(tokens) if self.linear else tokens
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        tokens = self.transformer_blocks[0](tokens, context)
         tokens = self.proj_out(tokens) if self.linear else tokens
         x = rearrange(tokens, "b (h w) c -> b c h w", h=height)
         return residual + (x if self.linear else self.proj_out(x))

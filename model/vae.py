@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.files.config import config_from, read_json, refuse
+from model.files.config import config_from, read_json
+from model.files.errors import CheckpointError
 from model.files.tensors import load
 
 EPS = 1e-6  # of every GroupNorm here; the U-Net's resnets have 1e-5
@@ -55,7 +56,8 @@ class VAE(nn.Module):
         """
         path = Path(folder) / "config.json"
         values = read_json(path)
-        refuse(values, {"use_quant_conv": True}, path)  # false in SD 3 and Flux
+        if values.get("use_quant_conv") is False:
+            raise CheckpointError(f"{path}: use_quant_conv is false, as in SD 3 and Flux, which are not supported")
         return load(cls, config_from(VAEConfig, values, path), folder, dtype, rename_old_attention, variant)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,9 +171,9 @@ class Attention(nn.Module):
 
 
 def rename_old_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Files written before 2023 (every original SD upload) name the attention's layers differently: rename them.
+    """Rename the attention's layers in files from before 2023, as every original SD upload is.
 
-    Weights stored as 1x1 convolutions (C, C, 1, 1) become matrices (C, C). All other tensors are returned as they are.
+    Weights stored as 1x1 convolutions (C, C, 1, 1) become matrices (C, C).
     """
     names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
     renamed = {}

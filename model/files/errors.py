@@ -1,13 +1,10 @@
 """Errors about files: one line that names the file, what is wrong and what was expected."""
 
-from __future__ import annotations
-
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 
 class CheckpointError(ValueError):
@@ -25,25 +22,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def error_context(what: str):
-    """Turn a library's error about a broken file or a bad value into a CheckpointError that starts with `what`.
-
-    A CheckpointError and an out-of-memory error stay as they are.
-    """
+    """Turn a library's error about a file or a value, but for a full memory, into a CheckpointError after `what`."""
     try:
         yield
     except CheckpointError:
         raise
-    except (ArithmeticError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except Exception as error:  # tokenizers and safetensors raise classes of their own
         if is_out_of_memory(error):
             raise
         raise CheckpointError(f"{what}: {error}") from error
 
 
 def check_file(path: Path) -> None:
-    """Raise CheckpointError if `path` cannot be opened, is a link to a missing file, or is a Git LFS pointer.
-
-    A Hugging Face snapshot holds links; a git clone without git-lfs holds pointers, short texts.
-    """
+    """Raise CheckpointError if `path` cannot be read: Hugging Face snapshots hold links, git clones LFS pointers."""
     if os.path.islink(path) and not os.path.exists(path):
         raise CheckpointError(f"{path} is a link to a missing file: download it again")
     if not os.path.isfile(path):

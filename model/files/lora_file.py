@@ -4,8 +4,6 @@ Our files have kohya's names, which A1111, ComfyUI and diffusers read too: the a
 is lora_unet_mid_block_attentions_0_proj_in, with the tensors .lora_down.weight, .lora_up.weight and .alpha.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable
@@ -38,9 +36,9 @@ def adapter_name(layer: str) -> str:
 
 
 def read_adapters(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """From the tensors of a LoRA file: `down` and `up` under kohya's names, and the alpha of each adapter.
+    """`down` and `up` of a LoRA file under kohya's names, and the alpha of each adapter: if none is given, its rank.
 
-    No alpha in the file means alpha = rank. Raises CheckpointError if it is no LoRA, or of a kind not supported.
+    Raises CheckpointError if it is no LoRA, or of a kind not supported.
     """
     if other := next(filter(OTHERS.search, sorted(tensors)), None):
         raise CheckpointError(f"{path} holds {other}: LoRAs of text encoders, LyCORIS and DoRA are not supported")
@@ -48,11 +46,8 @@ def read_adapters(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Ten
         raise CheckpointError(f"{path} is no LoRA but {what_is(tensors) or 'something unknown'}")
     alpha = _alpha_of_peft(path, tensors)
     tensors = {_kohya_key(key): tensor for key, tensor in tensors.items()}
-    alphas = {}
-    for key in [key for key in tensors if key.endswith(DOWN)]:
-        name = key.removesuffix(DOWN)
-        alphas[name] = float(tensors.pop(name + ALPHA, alpha or len(tensors[key])))
-    return tensors, alphas
+    ranks = {key.removesuffix(DOWN): len(tensor) for key, tensor in tensors.items() if key.endswith(DOWN)}
+    return tensors, {name: float(tensors.pop(name + ALPHA, alpha or rank)) for name, rank in ranks.items()}
 
 
 def _kohya_key(key: str) -> str:
@@ -69,8 +64,8 @@ def _alpha_of_peft(path: Path, tensors: Iterable[str]) -> float | None:
     if any(key.startswith("base_model.model.") for key in tensors):
         settings = read_json(path.with_name("adapter_config.json"))
     else:
-        noted = read_metadata(path).get("lora_adapter_metadata", "{}") if path.suffix == ".safetensors" else "{}"
-        settings = {key.removeprefix("unet."): value for key, value in json.loads(noted).items()}
+        noted = json.loads(_header(path).get("lora_adapter_metadata", "{}"))
+        settings = {key.removeprefix("unet."): value for key, value in noted.items()}
     if other := next((key for key in ("use_rslora", "use_dora", "alpha_pattern") if settings.get(key)), None):
         raise CheckpointError(f"{path} was trained with {other}, which is not supported")
     return settings.get("lora_alpha")
@@ -78,14 +73,16 @@ def _alpha_of_peft(path: Path, tensors: Iterable[str]) -> float | None:
 
 def base_of(path: Path) -> str | None:
     """The base model that a LoRA was made for, if its header says so."""
-    header = read_metadata(path) if path.suffix == ".safetensors" else {}
-    return header.get("base") or header.get("ss_base_model_version")
+    return _header(path).get("base") or _header(path).get("ss_base_model_version")
+
+
+def _header(path: Path) -> dict[str, str]:
+    return read_metadata(path) if path.suffix == ".safetensors" else {}
 
 
 def kohya_header(rank: int, alpha: float, text_width: int) -> dict[str, str]:
     """What kohya's tools write into the header: the kind of LoRA and, for SD 1 and 2, the version of the base."""
-    header = {"format": "pt", "ss_network_module": "networks.lora"}
-    header |= {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    if version := {768: "1", 1024: "2"}.get(text_width):  # A1111 knows SD 2 by ss_v2
-        header |= {"ss_base_model_version": f"sd_v{version}", "ss_v2": str(version == "2")}
-    return header
+    sizes = {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+    version = {768: "sd_v1", 1024: "sd_v2"}.get(text_width)
+    base = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}  # ss_v2: for A1111
+    return {"format": "pt", "ss_network_module": "networks.lora"} | sizes | base

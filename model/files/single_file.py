@@ -1,14 +1,12 @@
 """A whole Stable Diffusion 1.x or 2.x in one file, as model sites share it: `v1-5-pruned-emaonly.safetensors`.
 
 Such a file has the names of the code that SD was trained with (CompVis/stable-diffusion, arXiv 2112.10752), not those
-of the folders. `compvis_names` is the table from ours to theirs; reading uses it in the other direction. CompVis
+of the folders. `NAMES` holds the tables from ours to theirs; reading uses them in the other direction. CompVis
 numbers the blocks of the U-Net across its levels:
 
     input_blocks    0 conv_in | level 0: resnets 1 2, downsampler 3 | level 1: 4 5, 6 | ...
     output_blocks   level 0: resnets 0 1 2, upsampler inside 2 | level 1: 3 4 5 | ...
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -76,20 +74,16 @@ def read_single_file(path: Path | str, prediction_type: str | None = None) -> Pa
     """Read a CompVis-layout file as the parts of a base model's folder.
 
     Returns {"unet", "vae", "text_encoder": (values of its config.json, tensors under its file's names), "scheduler":
-    values of its config}. Tensors are views into the mapped file; EMA copies (`model_ema.*`) are ignored. That they
-    are complete and fit is checked when they are loaded into a network.
+    values of its config}. Tensors are views into the mapped file; they are checked when a network loads them.
 
     prediction_type: "epsilon" or "v_prediction"; None to take what the file says, or epsilon for SD 1.x.
-    Raises CheckpointError, naming the file, if it is broken, another kind of model or lacks a part, or if nothing says
-    what an SD 2.x predicts.
+    Raises CheckpointError if the file is broken or no whole SD, or if nothing says what an SD 2.x predicts.
     """
-    path = Path(path)
     refuse_pickle(path)
     tensors = read_tensors(path)
     _refuse_others(tensors, path)
     values = describe(tensors, read_metadata(path), prediction_type, path)
-    parts = {part: (values[part], from_compvis(part, values[part], tensors)) for part in PREFIXES}
-    return parts | {"scheduler": values["scheduler"]}
+    return values | {part: (values[part], from_compvis(part, values[part], tensors)) for part in PREFIXES}
 
 
 def write_single_file(path: Path | str, parts: Parts, metadata: Mapping[str, str] | None = None) -> None:
@@ -98,20 +92,20 @@ def write_single_file(path: Path | str, parts: Parts, metadata: Mapping[str, str
     The header holds `metadata`, the config values, and for other tools `modelspec.prediction_type` (Stability AI's
     ModelSpec). Raises ValueError as `save_tensors` does.
     """
-    tensors: Tensors = {}
+    halves, config = {}, {}
     for part in PREFIXES:
-        tensors |= to_compvis(part, *parts[part])
-    config = {part: parts[part][0] for part in PREFIXES} | {"scheduler": parts["scheduler"]}
+        config[part], tensors = parts[part]
+        halves |= {name: tensor.half() for name, tensor in to_compvis(part, config[part], tensors).items()}
+    config["scheduler"] = parts["scheduler"]
     predicts = "v" if config["scheduler"].get("prediction_type") == "v_prediction" else "epsilon"
     header = {CONFIG_KEY: json.dumps(config), "modelspec.prediction_type": predicts}
-    halves = {name: tensor.half() for name, tensor in tensors.items()}
-    save_tensors(halves, Path(path), dict(metadata or {}) | header)
+    save_tensors(halves, path, dict(metadata or {}) | header)
 
 
 def describe(tensors: Tensors, header: Mapping[str, str], prediction_type: str | None, source: Path) -> dict:
     """The config values of all four parts: from the header if it was written here, else those of SD 1.x or 2.x.
 
-    The prediction type comes from, in this order: `prediction_type`, our header, `modelspec.prediction_type` (kohya),
+    The first of these gives the prediction type: `prediction_type`, our header, `modelspec.prediction_type` (kohya),
     `modelspec.predict_key` and an empty tensor `v_pred` (both ComfyUI).
     """
     is_2 = any(name.startswith(OPENCLIP) for name in tensors)
@@ -121,21 +115,16 @@ def describe(tensors: Tensors, header: Mapping[str, str], prediction_type: str |
     said = said or header.get("modelspec.prediction_type") or header.get("modelspec.predict_key")
     predicts = PREDICTION_TYPES.get(said) or ("v_prediction" if "v_pred" in tensors else None)
     if predicts is None and is_2:
-        raise CheckpointError(
-            f"{source} does not say what it predicts: add --prediction-type epsilon (2.1-base, 512 px) or "
-            "--prediction-type v_prediction (2.1, 768 px)"
-        )
+        choices = "--prediction-type epsilon (2.1-base, 512 px) or --prediction-type v_prediction (2.1, 768 px)"
+        raise CheckpointError(f"{source} does not say what it predicts: add {choices}")
     if values is SD_2 and predicts == "v_prediction":
         values = SD_2 | {"unet": SD_2["unet"] | {"sample_size": 96}}
     return values | {"scheduler": values["scheduler"] | {"prediction_type": predicts or "epsilon"}}
 
 
 def from_compvis(part: str, values: dict, tensors: Tensors) -> Tensors:
-    """The tensors of "unet", "vae" or "text_encoder" in a CompVis-layout file, under our names.
-
-    Unknown names stay as they are, so that loading reports them.
-    """
-    ours = {theirs: ours for ours, theirs in compvis_names(part, values).items()}
+    """The tensors of one part in a CompVis-layout file under our names; unknown names stay, so that loading fails."""
+    ours = {theirs: ours for ours, theirs in NAMES[part](values).items()}
     if part == "text_encoder":  # some tools leave out text_model; A1111 reads their files too
         ours |= {name: f"text_model.{name}" for name in ("embeddings", "encoder", "final_layer_norm")}
     renamed = {}
@@ -155,7 +144,7 @@ def from_compvis(part: str, values: dict, tensors: Tensors) -> Tensors:
 
 def to_compvis(part: str, values: dict, tensors: Tensors) -> Tensors:
     """The reverse of `from_compvis`, with the constants that clients look for in the text encoder of SD 2.x."""
-    theirs, renamed = compvis_names(part, values), {}
+    theirs, renamed = NAMES[part](values), {}
     for ours, tensor in tensors.items():
         name = _rename(ours, theirs)
         if ".attn_1." in name and tensor.ndim == 2:
@@ -171,15 +160,10 @@ def to_compvis(part: str, values: dict, tensors: Tensors) -> Tensors:
     return {_prefix(part, values) + name: tensor for name, tensor in renamed.items()}
 
 
-def compvis_names(part: str, values: dict) -> dict[str, str]:
-    """The names that differ, with these config values: our module or tensor -> theirs, without the prefix."""
-    return {"unet": _unet_names, "vae": _vae_names, "text_encoder": _text_names}[part](values)
-
-
 def _unet_names(values: dict) -> dict[str, str]:
     names = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     names |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-    names |= {"mid_block.attentions.0": "middle_block.1"}
+    names["mid_block.attentions.0"] = "middle_block.1"
     names |= _resnet("mid_block.resnets.0", "middle_block.0") | _resnet("mid_block.resnets.1", "middle_block.2")
     stride = values["layers_per_block"] + 1  # a level's numbers: its layers and its downsampler, or one layer more
     for i, kind in enumerate(values["up_block_types"]):
@@ -219,15 +203,16 @@ def _vae_names(values: dict) -> dict[str, str]:
 def _text_names(values: dict) -> dict[str, str]:
     if _prefix("text_encoder", values) == OPENAI:
         return {}
-    names = {
-        "text_model.embeddings.token_embedding": "token_embedding",
-        "text_model.embeddings.position_embedding.weight": "positional_embedding",
-        "text_model.final_layer_norm": "ln_final",
-    }
+    names = {"text_model.embeddings.position_embedding.weight": "positional_embedding"}
+    names |= {"text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final"}
     for i in range(values["num_hidden_layers"]):
         for a, b in TEXT_LAYER.items():
             names[f"text_model.encoder.layers.{i}.{a}"] = f"transformer.resblocks.{i}.{b}"
     return names
+
+
+# The names that differ, with these config values: our module or tensor -> theirs, without the prefix.
+NAMES = {"unet": _unet_names, "vae": _vae_names, "text_encoder": _text_names}
 
 
 def _rename(name: str, table: dict[str, str]) -> str:
@@ -246,10 +231,7 @@ def _prefix(part: str, values: dict) -> str:
 
 
 def _unused_openclip(tensors: Tensors, width: int) -> Tensors:
-    """What public 2.x files also have. No picture depends on it, but diffusers 0.32 and ComfyUI look for it.
-
-    The 24th layer is of zeros: with its residual connections it returns its input.
-    """
+    """What diffusers 0.32 and ComfyUI look for in 2.x files: constants, and a layer of zeros, which changes nothing."""
     last = [name for name in tensors if name.startswith("transformer.resblocks.22.")]
     unused = {name.replace(".22.", ".23."): torch.zeros_like(tensors[name]) for name in last}
     return unused | {"text_projection": torch.eye(width), "logit_scale": torch.zeros(())}
@@ -270,8 +252,7 @@ def _refuse_others(tensors: Tensors, path: Path) -> None:
         wanted = "--base takes a whole Stable Diffusion 1.x or 2.x, --ckpt what train.py wrote"
         raise CheckpointError(f"{path} is {kind}: {wanted}")
     parts = {part: f"{part} ({prefix}*)" for part, prefix in PREFIXES.items()}
-    lacking = [name for part, name in parts.items() if not any(key.startswith(PREFIXES[part]) for key in tensors)]
-    if lacking:
+    if lacking := [parts[part] for part in PREFIXES if not any(key.startswith(PREFIXES[part]) for key in tensors)]:
         raise CheckpointError(f"{path} is not a whole Stable Diffusion in one file: it lacks {', '.join(lacking)}")
     if (first := tensors.get("model.diffusion_model.input_blocks.0.0.weight")) is not None:
         check_channels(first.shape[1], 4, 4, path)

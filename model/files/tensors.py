@@ -5,8 +5,6 @@ shape is an error that names it: one wrong layer would draw noise without any me
 memory: weights in the file's own dtype are read when they are used, and stay valid if the file is replaced or deleted.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -19,16 +17,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from model.files.config import read_json
 from model.files.errors import CheckpointError, check_file, error_context, is_out_of_memory
 
 Network = TypeVar("Network", bound=nn.Module)
+NetworkClass = Callable[[object], Network]
 Tensors = dict[str, Tensor]
 
 # Names of diffusers and transformers, the preferred first. align-base and dino-vits16 have pytorch_model.bin only.
 WEIGHT_FILES = ["diffusion_pytorch_model.safetensors", "model.safetensors"]
 WEIGHT_FILES += ["diffusion_pytorch_model.bin", "pytorch_model.bin"]
-SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
 
 WHOLE = "a whole base model in one file, to be given as --base FILE"
 # Patterns in tensors' names that only one kind of file has. The first that is found decides.
@@ -49,53 +46,36 @@ TELL_TALES = {
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:
-    """The weight file of a network's folder, or the index of its shards; safetensors before .bin.
+    """The weight file of a network's folder; safetensors before .bin.
 
     A variant is a word in the name, such as fp16 in model.fp16.safetensors. Without `variant` the plain file is taken,
-    or, if there is none, the only variant. Raises CheckpointError, with what the folder holds, if there is no such
-    file, or if several variants are there and none was asked for.
+    or else the only variant. Raises CheckpointError, with what the folder holds, if there is none, or a choice.
     """
     folder = Path(folder)
     with error_context(f"{folder} is not a checkpoint folder"):
         names = sorted(os.listdir(folder))
     for file in WEIGHT_FILES:
-        for name in (file, f"{file}.index.json"):
-            if variant is None and name in names:
-                return folder / name
-        stem, kind = file.split(".")
-        matches = [re.fullmatch(rf"{stem}\.(\w+)\.{kind}", name) for name in names]
-        found = {match[1]: match[0] for match in matches if match}
-        if variant is None and len(found) > 1:
-            raise CheckpointError(f"{folder} holds {_some(list(found))} weights: choose one of these with --variant")
-        chosen = variant or next(iter(found), None)
-        if chosen in found:
-            return folder / found[chosen]
+        if variant is None and file in names:
+            return folder / file
+        pattern = file.replace(".", rf"\.{variant}\." if variant else r"\.\w+\.")
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if len(found) > 1:
+            raise CheckpointError(f"{folder} holds {_some(found)}: choose one of these variants with --variant")
+        if found:
+            return folder / found[0]
     wanted = f"no weights of the variant {variant}" if variant else f"none of {', '.join(WEIGHT_FILES)}"
     raise CheckpointError(f"{folder} holds {wanted}, only {_some(names, most=6) or 'no file at all'}")
 
 
 def read_tensors(path: Path) -> Tensors:
-    """Every tensor, on the CPU, of a safetensors file, of a .bin file, or of all the shards that an index.json names.
+    """Every tensor, on the CPU, of a safetensors or a .bin file. No code in a .bin file's pickle is run.
 
-    No code in a .bin file's pickle is run. Raises CheckpointError for a file that is missing, broken or something else.
+    Raises CheckpointError for a file that is missing, broken or something else.
     """
-    path = Path(path)
-    if path.suffix == ".json":
-        return _read_shards(path)
-    if path.suffix == ".bin":
+    if Path(path).suffix == ".bin":
         return _read_bin(path)
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
-
-
-def _read_shards(index: Path) -> Tensors:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(SHARD.fullmatch(str(name)) for name in places.values()):
-        raise CheckpointError(f"{index} should hold a weight_map that names a file of its folder for each tensor")
-    tensors: Tensors = {}
-    for name in sorted(set(places.values())):
-        tensors |= read_tensors(index.with_name(name))
-    return tensors
 
 
 def _read_bin(path: Path) -> Tensors:
@@ -113,7 +93,7 @@ def _read_bin(path: Path) -> Tensors:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The header's metadata (str to str) of a safetensors file. Raises CheckpointError for a broken file."""
-    with _opened(Path(path)) as file:
+    with _opened(path) as file:
         return dict(file.metadata() or {})
 
 
@@ -134,18 +114,15 @@ def load_tensors(network: nn.Module, tensors: Tensors, source: Path | str, dtype
     """Put `tensors` into `network`, which may be on the meta device; floating-point tensors are cast to `dtype`.
 
     `position_ids`, a constant that older files hold, is ignored. Raises CheckpointError, naming the first few keys, if
-    any is missing, unexpected or misshapen, or holds integers where the network has floating-point numbers.
+    any is missing, unexpected or misshapen.
     """
     expected, kind = network.state_dict(), what_is(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
-    both = [(name, tensors[name], expected[name]) for name in sorted(expected.keys() & tensors.keys())]
-    shapes = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
-    kinds = [(name, a.dtype, b.dtype) for name, a, b in both if a.is_floating_point() != b.is_floating_point()]
+    both = [(name, tuple(tensors[name].shape), tuple(expected[name].shape)) for name in expected if name in tensors]
     found = {
         "lacks": sorted(expected.keys() - tensors.keys()),
         "has unexpected": sorted(tensors.keys() - expected.keys()),
-        "has other shapes:": [f"{name} is {given} and should be {ours}" for name, given, ours in shapes],
-        "has other kinds of numbers:": [f"{name} is {given} and should be like {ours}" for name, given, ours in kinds],
+        "has other shapes:": [f"{name} is {a} and should be {b}" for name, a, b in sorted(both) if a != b],
     }
     if problems := [f"{what} {_some(names)}" for what, names in found.items() if names]:
         if kind and kind != what_is(expected):
@@ -156,28 +133,20 @@ def load_tensors(network: nn.Module, tensors: Tensors, source: Path | str, dtype
 
 
 def load(
-    network_class: Callable[[object], Network],
+    network_class: NetworkClass,
     config: object,
     folder: Path,
     dtype=torch.float32,
-    rename: Callable[[Tensors], Tensors] | None = None,
+    rename: Callable[[Tensors], Tensors] = dict,
     variant: str | None = None,
 ) -> Network:
-    """`build` a network from the weight file that `find_weights` finds in a folder.
-
-    rename: turns the names of older files into the network's. Raises CheckpointError, as the functions it calls do.
-    """
+    """`build` a network from the file that `find_weights` finds; `rename` turns older names into the network's."""
     path = find_weights(folder, variant)
-    tensors = read_tensors(path)
-    return build(network_class, config, rename(tensors) if rename else tensors, path, dtype)
+    return build(network_class, config, rename(read_tensors(path)), path, dtype)
 
 
 def build(
-    network_class: Callable[[object], Network],
-    config: object,
-    tensors: Tensors,
-    source: Path | str,
-    dtype=torch.float32,
+    network_class: NetworkClass, config: object, tensors: Tensors, source: Path | str, dtype=torch.float32
 ) -> Network:
     """`network_class(config)` with `tensors` loaded by `load_tensors`; frozen, in eval mode, on the CPU.
 
@@ -194,9 +163,8 @@ class _NoInit(TorchFunctionMode):
     """Skip torch.nn.init: on the meta device it sets nothing, but imports parts of torch for 2 seconds and 70 MB."""
 
     def __torch_function__(self, function, kinds, arguments=(), keywords=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return arguments[0] if arguments else keywords["tensor"]
-        return function(*arguments, **(keywords or {}))
+        if getattr(function, "__module__", None) != "torch.nn.init":
+            return function(*arguments, **(keywords or {}))
 
 
 def _some(names: list[str], most: int = 3) -> str:

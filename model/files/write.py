@@ -1,7 +1,5 @@
 """Write a file under a temporary name, then rename it: an interruption leaves the old file or the new one, whole."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -17,8 +15,7 @@ from model.files.errors import is_out_of_memory
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name in the same folder, then rename that file to `path`.
 
-    Makes the folder if it is missing. Raises ValueError if the file cannot be written; an out-of-memory error stays as
-    it is.
+    Makes the folder. Raises ValueError if the file cannot be written; an out-of-memory error stays as it is.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -41,7 +38,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         mode = temporary.stat().st_mode  # of any new file; safetensors would let only the owner read it
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         temporary.chmod(mode)
-        _sort_metadata(temporary)
+        if metadata:
+            _sort_metadata(temporary)
 
     write_atomic(Path(path), write)
 
@@ -51,9 +49,6 @@ def _sort_metadata(path: Path) -> None:
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        assert len(text) == length, "a longer header would overwrite the tensors"
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         file.seek(8)
-        file.write(text)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))

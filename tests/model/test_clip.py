@@ -108,10 +108,10 @@ def test_clip_equals_transformers(tmp_path, eos, quiet):
 
 
 def test_minimal_and_old_configs(tmp_path):
-    """Public files leave out defaults, and files of 2022 carry *_dict and null values."""
+    """Public files leave out defaults, and files of 2022 carry *_dict, which repeat the others or are null."""
     reference(tmp_path)
     expected = CLIP.from_pretrained(tmp_path)
-    values = {"text_config_dict": TEXT, "text_config": None, "vision_config": VISION, "vision_config_dict": None}
+    values = {"text_config_dict": TEXT, "text_config": TEXT, "vision_config": VISION, "vision_config_dict": None}
     (tmp_path / "config.json").write_text(json.dumps({**values, "projection_dim": 24}))
     assert CLIP.from_pretrained(tmp_path).config == expected.config
     assert CLIPConfig() == config_from(CLIPConfig, {"text_config": {}, "vision_config": {"patch_size": 32}})

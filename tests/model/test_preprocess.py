@@ -20,6 +20,7 @@ from model.align import ALIGN, ALIGNConfig, ALIGNPreprocessor
 from model.clip import CLIPPreprocessor
 from model.dino import DINOPreprocessor
 from model.files.config import config_from
+from model.files.errors import CheckpointError
 from toy.networks import PREPROCESSORS as TOY
 
 PUBLISHED = {
@@ -160,6 +161,16 @@ def test_the_settings_matter(kind, change):
     image = Image.fromarray(smooth(601, 400))
     right, wrong = (pixels(kind, PUBLISHED[kind] | changed, image) for changed in ({}, change))
     assert (right - wrong).abs().max() > 0.02
+
+
+def test_other_forms_of_a_size_are_refused():
+    for kind, form, sizes in (
+        ("clip", "shortest_edge", [{}, {"shortest_edge": "40"}, {"height": 40, "width": 40}]),
+        ("dino", "height and width", [{"height": 40}, {"height": 40, "width": 41}, {"shortest_edge": 40}]),
+    ):
+        for size in sizes:
+            with pytest.raises(CheckpointError, match=rf"^FILE: size .* should be one number, or hold it as {form}$"):
+                config_from(OURS[kind], {"size": size}, "FILE")
 
 
 @pytest.mark.parametrize(("name", "resample"), [("bilinear", 2), ("bicubic", 3)])

@@ -9,7 +9,7 @@ import pytest
 from model.align import ALIGN
 from model.clip import CLIP, CLIPTextEncoder
 from model.dino import DINO
-from model.files.config import check_heads, config_from, one_size, read_json, refuse
+from model.files.config import config_from, read_json
 from model.files.errors import CheckpointError
 from model.scheduler import Scheduler
 from model.unet import UNet
@@ -97,32 +97,6 @@ def test_every_network_names_its_configuration(network, tmp_path):
         (tmp_path / name).write_text(json.dumps(values), encoding="utf-8")
     with refused(tmp_path, "should be"):
         network.from_pretrained(tmp_path)
-
-
-def test_refuse(tmp_path):
-    fixed = {"act": "silu", "groups": None, "kinds": "A"}
-    for values in ({}, {"act": "silu", "kinds": ["A", "A"], "other": 1}, {"act": None, "groups": None}):
-        refuse(values, fixed, tmp_path)
-    for name, value in (("act", "gelu"), ("groups", 2), ("kinds", ["A", "B"]), ("kinds", "B")):
-        with refused(tmp_path, name, value):
-            refuse({name: value}, fixed, tmp_path)
-
-
-def test_one_size():
-    assert one_size("size", {"shortest_edge": 40}, "shortest_edge") == 40
-    keys, square = ("height", "width"), {"height": 40, "width": 40}
-    assert one_size("size", 40, *keys) == one_size("size", square, *keys) == 40
-    others = [{}, {"height": 40}, square | {"width": 41}, square | {"depth": 40}, {"height": "40", "width": "40"}]
-    for size in [*others, {"shortest_edge": 40}]:
-        with refused(f"crop_size {size}", "height and width"):
-            one_size("crop_size", size, *keys)
-
-
-def test_check_heads():
-    check_heads(8, 4)
-    for heads in (0, 3):
-        with refused(f"into {heads} heads"):
-            check_heads(8, heads)
 
 
 def test_sdxl_is_refused(tmp_path):
