@@ -105,10 +105,8 @@ def _blocks(widths: Sequence[int], groups: int, count: int, name: str, resample:
     """A block for each width: `count` resnets and, in all but the last, `resample` under this name."""
     blocks, channels = [], widths[0]
     for i, width in enumerate(widths):
-        resnets = []
-        for _ in range(count):
-            resnets.append(ResNet(channels, width, groups))
-            channels = width
+        resnets = [ResNet(inputs, width, groups) for inputs in [channels] + [width] * (count - 1)]
+        channels = width
         resamplers = [resample(width)] if i < len(widths) - 1 else []
         blocks.append(_chain(resnets=nn.Sequential(*resnets), **{name: nn.Sequential(*resamplers)}))
     return nn.Sequential(*blocks)
@@ -148,8 +146,7 @@ class ResNet(nn.Module):
         """(B, C_in, H, W) -> (B, C, H, W)."""
         residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
         x = self.conv1(F.silu(self.norm1(x)))
-        x = self.conv2(F.silu(self.norm2(x)))
-        return residual + x
+        return residual + self.conv2(F.silu(self.norm2(x)))
 
 
 class Attention(nn.Module):

@@ -137,7 +137,7 @@ def load(
     config: object,
     folder: Path,
     dtype=torch.float32,
-    rename: Callable[[Tensors], Tensors] = dict,
+    rename: Callable[[Tensors], Tensors] = dict,  # no name changes
     variant: str | None = None,
 ) -> Network:
     """`build` a network from the file that `find_weights` finds; `rename` turns older names into the network's."""
