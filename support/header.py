@@ -1,8 +1,8 @@
-"""The header of a checkpoint: what train.py writes there and who reads it; and what makes two runs the same run.
+"""The header of a checkpoint: what train.py writes there and who reads it. Also: when --resume accepts a run's state.
 
 | keys | written from | read by |
 |---|---|---|
-| base, variant, prediction_type | flags, the base | sample.py and evaluate.py: its base, and how to read that |
+| base, variant, prediction_type | flags, the base | sample.py and evaluate.py: which base, and how to read it |
 | token, noun, live | the subject | sample.py: default prompts; evaluate.py: test prompts and scored texts |
 | resolution, guidance | settings | sample.py and evaluate.py: how to draw |
 | lambda_val | settings | evaluate.py: λ of the λ-Harmonic reward |
@@ -23,34 +23,34 @@ from model.lora import lora_header
 from model.stable_diffusion import StableDiffusion, home_of, recommended
 from subject import Subject, visible_files
 from support.flags import EMBEDDED_BASE
-from support.settings import checked, count, positive
+from support.settings import checked, count, guidance_scale
 
 VERSION = "0.1.0"
 SOLVER_STEPS, GUIDANCE = 20, 7.5  # without a checkpoint or a recommendation: ours; the paper's
 
 
-def header_of(method: str, args: argparse.Namespace, settings, subject: Subject, sd: StableDiffusion) -> dict:
+def header_of(method: str, args: argparse.Namespace, settings, subject: Subject, sd: StableDiffusion) -> dict[str, str]:
     """The header of a run's checkpoints, before step and reward are known."""
     header = {"format": "pt", "method": method, "version": VERSION, "base": base_name(args.base)}
     header |= {"variant": args.variant, "prediction_type": sd.scheduler.config.prediction_type}
     header |= {"lora_rank": args.lora_rank} | (lora_header(sd.unet) if args.lora_rank else {})
     header |= {"token": subject.token, "noun": subject.noun, "live": subject.live} | dataclasses.asdict(settings)
-    return {name: value for name, value in header.items() if value is not None}
+    return {name: str(value) for name, value in header.items() if value is not None}
 
 
-def identity_of(method: str, args: argparse.Namespace, settings, subject: Subject) -> dict:
-    """What must be equal for --resume. Of files it is what they hold, not where they are."""
-    free = ("steps", "patience")  # may change
-    identity = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
-    for name in ("variant", "prediction_type", "precision", "lora_rank"):
-        identity[name] = getattr(args, name)
+def identity_of(method: str, args: argparse.Namespace, settings, subject: Subject) -> dict[str, str]:
+    """What must be equal for --resume: all settings but steps and patience, and the contents of the files, wherever."""
+    identity = dataclasses.asdict(settings)
+    del identity["steps"], identity["patience"]
+    identity |= {name: getattr(args, name) for name in ("variant", "prediction_type", "precision", "lora_rank")}
     identity |= {"method": method, "base": digest(files_of_base(args.base)), "align": digest([args.align])}
     identity |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
-    return identity | {"photos": {photo.name: digest([photo])[:8] for photo in subject.photos}}
+    identity |= {"photos": {photo.name: digest([photo])[:8] for photo in subject.photos}}
+    return {name: str(value) for name, value in identity.items()}
 
 
 def files_of_base(base: Path) -> list[Path]:
-    """A single file, or the folders of a base's networks, and its tokenizer."""
+    """A single file, or the folders of a base's networks; and its tokenizer."""
     networks = [base] if base.is_file() else [base / part for part in ("unet", "vae", "text_encoder", "scheduler")]
     return [*networks, home_of(base) / "tokenizer"]
 
@@ -67,16 +67,13 @@ def digest(paths: list[Path]) -> str:
     return seen.hexdigest()[:16]
 
 
-@functools.cache  # evaluate.py asks for one base's files once a subject
+@functools.cache  # evaluate.py needs the same base for each subject
 def _content(file: Path, size: int, changed: int) -> str:
     seen = hashlib.blake2b()
     with open(file, "rb") as stream:
         while block := stream.read(2**20):
             seen.update(block)
     return seen.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------- reading it
 
 
 def base_name(base: Path) -> str:
@@ -96,17 +93,13 @@ def base_of(args: argparse.Namespace, ckpt: Path | None, header: dict) -> tuple[
 
     Raises ValueError if no flag names the base and the header does not either, or names one that is not there.
     """
-    # A whole U-Net keeps its prediction type on any base; a LoRA has that of the base it is used with.
-    noted = None if args.base and "lora_rank" in header else header.get("prediction_type")
-    prediction_type = args.prediction_type or noted
+    # A whole U-Net has its own prediction type on any base; a LoRA has that of the base it is used with.
+    own = None if args.base and "lora_rank" in header else header.get("prediction_type")
+    prediction_type = args.prediction_type or own
     if ckpt is None or args.base:
         return args.base or EMBEDDED_BASE, args.variant, prediction_type
-    name = header.get("base")
-    if not name:
-        raise ValueError(
-            f"{ckpt} does not say which base model it belongs to: name it with --base, or, if it is a whole model, "
-            "give it as --base instead"
-        )
+    if not (name := header.get("base")):
+        raise ValueError(f"{ckpt} names no base model: add --base, or, for a whole model, give it as --base instead")
     if not base_folder(name).exists():
         raise ValueError(f"{ckpt} belongs to the base model {name}, which is not there: name it with --base")
     return base_folder(name), args.variant or header.get("variant"), prediction_type
@@ -116,9 +109,9 @@ def steps_and_guidance(args: argparse.Namespace, ckpt: Path | None, header: dict
     """Solver steps and guidance for drawing: flags win, then `ckpt`'s header (guidance alone), then what the base
     recommends, then the defaults. Raises ValueError, naming the file, for a number that cannot be used.
     """
-    recommends, source = recommended(base)
-    recommends = {"solver_steps": SOLVER_STEPS, "guidance": GUIDANCE} | recommends
-    steps = args.steps or checked(count, recommends, "solver_steps", source)
-    if args.guidance or "guidance" not in header:
-        return steps, args.guidance or checked(positive, recommends, "guidance", source)
-    return steps, checked(positive, header, "guidance", ckpt)
+    values, source = recommended(base)
+    values = {"solver_steps": SOLVER_STEPS, "guidance": GUIDANCE} | values
+    steps = args.steps or checked(count, values, "solver_steps", source)
+    if "guidance" in header:
+        values, source = header, ckpt
+    return steps, args.guidance or checked(guidance_scale, values, "guidance", source)

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.lora import add_lora, lora_tensors, without_lora
-from model.stable_diffusion import StableDiffusion
+from model.stable_diffusion import Denoiser, StableDiffusion
 from model.unet import UNet
 from support import ranks
 from support.randomness import adapter_generator
 
 Batch = TypeVar("Batch", bound=NamedTuple)
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Machine:
@@ -47,17 +46,17 @@ class Machine:
         processes together. seed: of LoRA's first weights. offloadable: networks that leave the device between
         validations.
         """
-        self.sd, self.lora_rank = sd, lora_rank
+        self.sd, self.lora_rank, self.base_unet = sd, lora_rank, sd.unet
         self.part, self.weight = ranks.weighted_part(batch)
         if lora_rank:
-            self.base_unet = self.unet = sd.unet
+            self.unet = sd.unet
             self.learned = add_lora(sd.unet, lora_rank, generator=adapter_generator(seed))
             self.parameters = [*self.learned.parameters()]
         else:
-            self.base_unet, self.unet = sd.unet, copy.deepcopy(sd.unet)
-            self.learned = self.unet
+            self.unet = self.learned = copy.deepcopy(sd.unet)
             self.parameters = [*trained(self.unet)]
-            for parameter in self.parameters:
+            # conv_in too, untrained: torch crashes in a channels-last GroupNorm whose input needs no gradient (CPU, 2.13).
+            for parameter in (*self.parameters, self.unet.conv_in.bias):
                 parameter.requires_grad_(True)
         self.unet.train()
         round_frozen(self.base_unet, sd.precision)
@@ -135,7 +134,7 @@ class Optimizer:
         return norm
 
     def numbers(self, step: int, values: dict[str, Tensor | None]) -> dict[str, float | None]:
-        """The mean of each tensor over all processes, in one transfer. None are left out.
+        """The mean of each tensor over all processes, in one transfer; None values are left out.
 
         With fp16 the gradient's norm may be None: that step was skipped. Raises FloatingPointError, naming the term,
         if the total loss or the gradient is not finite.
@@ -160,7 +159,7 @@ class Optimizer:
 def precision(name: str | None, device: torch.device) -> str:
     """The precision called `name`, or the device's own: bf16 on an NVIDIA GPU, fp16 on one too old for it, else fp32.
 
-    Some CPUs are fast in bf16 too, but a result should not depend on which.
+    Some CPUs are fast in bf16 too, but a result should not depend on the CPU.
     """
     if name is None and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -1,4 +1,4 @@
-"""An estimate of the memory of a training step, before anything heavy is loaded. Its parts:
+"""An estimate of the memory of a training step, before anything large is loaded. Its parts:
 
 - weights: 2 bytes each where they are frozen and precision is half, 4 where they are trained
 - AdamW: 8 bytes a trained weight: its two averages, in fp32
@@ -18,7 +18,7 @@ from model.files.config import config_from, read_json
 from model.files.errors import error_context
 from model.files.single_file import read_single_file
 from model.files.tensors import find_weights, read_tensors
-from model.lora import PROJECTION
+from model.lora import add_lora
 from model.stable_diffusion import PRECISIONS
 from model.unet import ResNet, Transformer, UNet, UNetConfig
 from support import ranks
@@ -44,25 +44,29 @@ def estimate(
     for RPO). checkpointed: with --checkpoint-gradients. Not counted: the libraries themselves, and what the allocator
     loses between tensors.
     """
-    with torch.device("meta"):  # shapes without numbers
-        unet = UNet(config)
     half = PRECISIONS[precision] != torch.float32
     size = 2 if half else 4
-    weights = sum(parameter.numel() for parameter in unet.parameters())
-    learned, kept, widest = [], [], 0  # of each block, in the order of the forward pass
+    with torch.device("meta"):  # shapes without numbers
+        unet = UNet(config)
+    sizes = [parameter.numel() for parameter in unet.parameters()]
+    if lora_rank:
+        add_lora(unet, lora_rank, generator=torch.Generator())
+    kept, gradients, widest = [], [], 0  # of each block, in the order of the forward pass
     for level, block in _blocks(unet):
-        learned.append(_learned(block, lora_rank))
-        activations, inputs, most = _activations(block, pictures * math.ceil(side / 2**level) ** 2, half)
-        kept.append(inputs if checkpointed else activations + (2 * learned[-1] if half else 0))
-        widest = max(widest, most)
+        positions = pictures * math.ceil(side / 2**level) ** 2
+        layers = [_activations(layer, positions, half) for layer in block.modules()]
+        widest = max(widest, *(activations for activations, _ in layers))
+        trained = _trained(block)
+        gradients.append(4 * trained)
+        of_backward = sum(activations for activations, _ in layers) + (2 * trained if half else 0)
+        kept.append(sum(inputs for _, inputs in layers) if checkpointed else of_backward)
     # When backward() is at block i: what the blocks before it have kept, and the gradients of those from it on.
-    peak = max(sum(kept[:i]) + 4 * sum(learned[i:]) for i in range(len(kept) + 1))
-    trained = sum(learned) if lora_rank else weights
-    largest = max(parameter.numel() for parameter in unet.parameters()) * size
-    step = peak + (widest if checkpointed else 0) + COPIES * largest
-    parts = {"weights": size * weights + 4 * trained, "AdamW": 8 * trained, "other networks": 4 * others}
+    peak = max(sum(kept[:i]) + sum(gradients[i:]) for i in range(len(kept) + 1))
+    step = peak + (widest if checkpointed else 0) + COPIES * max(sizes) * size
+    trained = _trained(unet)
+    parts = {"weights": size * sum(sizes) + 4 * trained, "AdamW": 8 * trained, "other networks": 4 * others}
     # Everything is loaded in fp32, and θ copied, before θ₀ is rounded: that may take more than a small step.
-    loading = weights * (4 if lora_rank else 8) + 4 * others
+    loading = sum(sizes) * (4 if lora_rank else 8) + 4 * others
     return parts | {"a step": max(step, loading - sum(parts.values()))}
 
 
@@ -73,24 +77,18 @@ def _blocks(unet: UNet) -> list[tuple[int, nn.Module]]:
     return [*enumerate(unet.down_blocks), (last, unet.mid_block), *ups]
 
 
-def _learned(block: nn.Module, lora_rank: int | None) -> int:
-    """How many weights of a block are trained."""
-    if not lora_rank:
-        return sum(parameter.numel() for parameter in block.parameters())
-    layers = [layer for name, layer in block.named_modules() if PROJECTION.fullmatch(f"block.{name}")]
-    return sum(lora_rank * (layer.in_features + layer.out_features) for layer in layers)
+def _trained(network: nn.Module) -> int:
+    """How many weights of a network are trained."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
-def _activations(block: nn.Module, positions: int, half: bool) -> tuple[int, int, int]:
-    """Bytes that backward() needs of a block's layers, of their inputs alone, and of the largest layer."""
-    layers = [layer for layer in block.modules() if isinstance(layer, (ResNet, Transformer))]
-    activations, inputs = [0], 0
-    for layer in layers:
-        channels = [norm.num_channels for norm in layer.modules() if isinstance(norm, nn.GroupNorm)]
-        each = (OF_RESNET if isinstance(layer, ResNet) else OF_TRANSFORMER)[half]
-        activations.append(positions * sum(channels) * each)
-        inputs += positions * channels[0] * (2 if half else 4)
-    return sum(activations), inputs, max(activations)
+def _activations(layer: nn.Module, positions: int, half: bool) -> tuple[int, int]:
+    """Bytes that backward() needs of a ResNet or Transformer, and of its input alone; 0 of another layer."""
+    if not isinstance(layer, (ResNet, Transformer)):
+        return 0, 0
+    channels = [norm.num_channels for norm in layer.modules() if isinstance(norm, nn.GroupNorm)]
+    each = (OF_RESNET if isinstance(layer, ResNet) else OF_TRANSFORMER)[half]
+    return positions * sum(channels) * each, positions * channels[0] * (2 if half else 4)
 
 
 def estimate_of(args: argparse.Namespace) -> dict[str, int]:
@@ -103,12 +101,10 @@ def estimate_of(args: argparse.Namespace) -> dict[str, int]:
         values = read_json(source)
         others = [read_tensors(find_weights(args.base / name, args.variant)) for name in ("vae", "text_encoder")]
     others.append(read_tensors(find_weights(args.align)))
-    config = config_from(UNetConfig, values, source)
     numbers = sum(tensor.numel() for part in others for tensor in part.values())
+    config, resolution = config_from(UNetConfig, values, source), args.settings.resolution
+    side = math.ceil(resolution / 8) if resolution else config.sample_size  # 8: of every public VAE
     with error_context(f"the configuration of {source} describes no possible network"):
-        side = (
-            math.ceil(args.settings.resolution / 8) if args.settings.resolution else config.sample_size
-        )  # 8: of every public VAE
         modes = args.precision, args.lora_rank, args.checkpoint_gradients
         return estimate(config, numbers, side, own_pairs(args) * args.settings.pictures_a_pair, *modes)
 
@@ -136,9 +132,11 @@ def print_estimate(args: argparse.Namespace, device: torch.device) -> bool:
 
 def remedy(args: argparse.Namespace) -> str:
     """What to try when the memory does not suffice for train.py, in this order."""
-    advice = [] if args.precision != "fp32" else ["--precision bf16"]
-    advice += [] if args.lora_rank else ["--lora-rank 16"]  # the whole U-Net's weights take more than its activations
-    advice += [] if args.checkpoint_gradients else ["--checkpoint-gradients"]
-    if "settings" not in args or own_pairs(args) > 1:
-        return f"try {', then '.join([*advice, 'a smaller --batch', 'a larger machine'])}"
-    return f"try {', then '.join([*advice, 'a larger machine (a process has one pair already)'])}"
+    advice = {
+        "--precision bf16": args.precision == "fp32",
+        "--lora-rank 16": not args.lora_rank,  # the whole U-Net's weights take more than its activations
+        "--checkpoint-gradients": not args.checkpoint_gradients,
+        "a smaller --batch": "settings" not in args or own_pairs(args) > 1,
+        "a larger machine": True,
+    }
+    return "try " + ", then ".join(name for name, helps in advice.items() if helps)

@@ -5,8 +5,8 @@ subjects to evaluate. All communication is here, on torch.distributed: gloo betw
 draw the same random numbers and each takes its part, so N processes give what one gives, to rounding. With one process
 there is no process group, and every function returns its argument at once.
 
-Gradients are averaged by plain all-reduces after backward(), not by DDP: the loop, the weights' names and LoRA stay as
-they are. The price is that communication and backward() do not overlap.
+Gradients are averaged after backward(), one tensor at a time, not by DDP: the loop, the weights' names and LoRA stay as
+they are, and no further memory is needed. The price is that communication and backward() do not overlap.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET = 2**25  # numbers an all-reduce, 128 MiB in fp32: few calls, and little memory next to the gradients
+from model.files.errors import is_out_of_memory
 
 
 def world_size() -> int:
@@ -37,12 +37,12 @@ def rank() -> int:
 
 def distributed(main: Callable[[], int]) -> int:
     """Call `main` in each process that torchrun started, as one group; return its exit status."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:  # some images set the first alone
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:  # some images set WORLD_SIZE alone
         return main()
     gpus = dist.is_nccl_available() and torch.cuda.is_available()
-    # Ranks wait long for each other at the end of evaluate.py; one that dies is noticed in any case.
+    # A day: at the end of evaluate.py a rank may wait long for the others. One that ends is noticed at once.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=1))
-    barrier()  # a rank that ends at once, over a wrong flag, must not end before the others have connected
+    barrier()  # all connect before one may end, over a wrong flag
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
@@ -96,18 +96,10 @@ def average_gradients(parameters: Iterable[Tensor], weight: float) -> None:
     """Replace each gradient by the sum over the ranks of weight * gradient; the weights sum to 1."""
     if world_size() == 1:
         return
-    bucket, size = [], 0
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for i, gradient in enumerate(gradients):
-        bucket.append(gradient)
-        size += gradient.numel()
-        if i + 1 == len(gradients) or size + gradients[i + 1].numel() > BUCKET:
-            flat = torch.cat([each.flatten() for each in bucket]).mul_(weight)
-            with _collective():
-                dist.all_reduce(flat)
-            for each, mean in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
-                each.copy_(mean.view(each.shape))
-            bucket, size = [], 0
+    with _collective():
+        for parameter in parameters:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.mul_(weight))
 
 
 def mean(row: dict[str, float], weight: float) -> dict[str, float]:
@@ -131,7 +123,7 @@ def _collective():
     try:
         yield
     except RuntimeError as error:
-        if "out of memory" in f"{error}":  # of this rank's own GPU: NCCL needs some at its first collective
+        if is_out_of_memory(error):  # of this rank's own GPU: NCCL needs some at its first collective
             raise
         time.sleep(1)  # the signal that ended the other rank, such as Ctrl-C, may arrive here too, and says more
         reason = f"{error}".splitlines()[0]

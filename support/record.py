@@ -27,7 +27,7 @@ from model.files.errors import CheckpointError, is_out_of_memory
 from model.files.tensors import read_metadata
 from model.files.write import save_tensors, write_atomic
 from support import ranks
-from support.machine import Machine, Optimizer, own_averages
+from support.machine import Optimizer, own_averages
 from support.pictures import film_strip
 from support.results import STATE
 
@@ -38,48 +38,42 @@ class Record:
     """The history of a run, its kept weights, and the state to resume from.
 
     ckpt: the kept weights' path, *.safetensors. header: their header's settings. identity: what must be equal for a run
-    to be the same run. prompts, photos: the film strip's columns and top row. steps, patience, keep_last: the settings.
+    to be the same run. prompts, photos: the film strip's columns and top row. settings: steps, patience, keep_last.
     """
 
     def __init__(
         self,
         ckpt: Path,
-        header: dict,
-        identity: dict,
+        header: dict[str, str],
+        identity: dict[str, str],
         prompts: list[str],
         photos: list[Image.Image],
-        machine: Machine,
         optimizer: Optimizer,
         settings,
     ):
-        self.ckpt, self.prompts, self.photos = ckpt, prompts, photos
-        self.machine, self.optimizer, self.settings = machine, optimizer, settings
-        self.header = {name: str(value) for name, value in header.items()}
-        self.identity = {name: str(value) for name, value in identity.items()}
-        self.learning = optimizer.state()  # whatever changes from step to step; a method may add its own
+        self.ckpt, self.header, self.identity = ckpt, header, identity
+        self.prompts, self.photos, self.optimizer, self.settings = prompts, photos, optimizer, settings
+        self.learning = optimizer.state()  # what changes from step to step; a method may add to it
         self.history: list[dict] = []
         self.strip: list[tuple[int, float, list[Image.Image]]] = []  # step, reward, one picture a prompt
         self.done = 0  # steps
         self.best_step, self.best_reward = None, -math.inf
         self.kept = None  # step and reward of the weights in the file
         self.stale = 0  # validations since the best one
-        self.saved = None  # the step that there is to resume from
+        self.saved = None  # the step of the state on disk
         self.last_state = self.clock = time.time()
-
-    # ------------------------------------------------------------------------------------------------- the loop
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, with a progress bar; ends early when `patience` is used up."""
         first, last, quiet = self.done + 1, self.settings.steps, ranks.rank() > 0
-        with tqdm(range(first, last + 1), "training", initial=first - 1, total=last, disable=quiet) as bar:
+        with tqdm(range(first, last + 1), "training", initial=self.done, total=last, disable=quiet) as bar:
             for step in bar:
-                yield step
-                kept = "" if self.kept is None else f", kept {self.kept[1]:.4f}"
-                last_step = next(row for row in reversed(self.history) if "total" in row)
-                bar.set_postfix_str(f"similarity {last_step['similarity']:.3f}{kept}")
                 if self.settings.patience and self.stale >= self.settings.patience:
                     tqdm.write(f"stopped: {self.stale} validations brought no better reward")
                     return
+                yield step
+                kept = f", kept {self.kept[1]:.4f}" if self.kept else ""
+                bar.set_postfix_str(f"similarity {self.similarity:.3f}{kept}")
 
     def step(self, step: int, loss: NamedTuple, **more: Tensor | None) -> None:
         """Add a step to the history: the terms of its loss, and the mean of each further tensor.
@@ -87,17 +81,18 @@ class Record:
         Raises FloatingPointError if the loss or the gradient is not finite.
         """
         row = self.optimizer.numbers(step, loss._asdict() | more)
-        self.history.append({"step": step, **row, "seconds": self._seconds()})
+        self.similarity = row["similarity"]
+        self._add(step, row)
 
     def validation(self, step: int, images: list[Image.Image], **scores: Tensor) -> None:
         """Add a validation: the mean of each score, "reward" among them, and a picture a prompt for the film strip.
 
         The weights are kept if the reward is the highest so far, or, with --keep-last, always; step 0, the base, is
-        never kept. So the first validation after it always is.
+        never kept. So the first validation after it always is. Raises ValueError if a file cannot be written.
         """
         row = {name: score.mean().item() for name, score in scores.items()}
         row = ranks.mean(row, 1 / ranks.world_size())  # all processes must agree on the best
-        self.history.append({"step": step, **row, "seconds": self._seconds()})
+        self._add(step, row)
         self.strip.append((step, row["reward"], images))
         better = step > 0 and (self.settings.keep_last or row["reward"] > self.best_reward)
         self.stale = 0 if better or step == 0 else self.stale + 1
@@ -111,28 +106,16 @@ class Record:
         note = "  kept" if better else "  (the base)" if step == 0 else ""
         tqdm.write(f"step {step:4d}  {numbers}  reward {row['reward']:.4f}{note}")
 
-    def summary(self) -> str:
-        """Where the result is, and how good it is."""
-        if self.kept is None:
-            return "nothing was kept yet"
-        step, reward = self.kept
-        base = next(row["reward"] for row in self.history if row["step"] == 0)
-        note = "" if reward > base else ", NOT BETTER than the base: try another --lr or other photos"
-        text = f"kept step {step} in {self.ckpt} (history .jsonl, film strip .png, same name)"
-        return f"{text}: reward {reward:.4f}, the base's is {base:.4f}{note}"
-
-    def _seconds(self) -> float:
-        """Seconds since the row before; the first row's include everything before it."""
+    def _add(self, step: int, row: dict) -> None:
+        """Add a row to the history, with the seconds since the row before; the first has everything before it."""
         before, self.clock = self.clock, time.time()
-        return round(self.clock - before, 3)
-
-    # -------------------------------------------------------------------------------------------------- the files
+        self.history.append({"step": step, **row, "seconds": round(self.clock - before, 3)})
 
     def _write(self, better: bool) -> None:
-        """Weights, history, film strip and state. Raises ValueError if a file cannot be written."""
+        """Weights, history, film strip and state."""
         if better:
             header = self.header | {"step": str(self.best_step), "reward": str(self.best_reward)}
-            save_tensors(self.machine.weights(), self.ckpt, header)
+            save_tensors(self.optimizer.machine.weights(), self.ckpt, header)
             self.kept = self.best_step, self.best_reward
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomic(self.ckpt.with_suffix(".jsonl"), lambda path: path.write_text(lines, encoding="utf-8"))
@@ -144,7 +127,7 @@ class Record:
         """Write what is needed to continue as if nothing had happened, unless the last state was written just now."""
         parts = {name: part.state_dict() for name, part in self.learning.items()}
         size = 3 * sum(tensor.nbytes for tensor in parts["unet"].values())  # AdamW's averages are twice the weights
-        # The first at once: it replaces an older run's, and a run is not done for as long as there is a state.
+        # The first at once: it replaces an older run's, and a checkpoint without a state is of a finished run.
         if self.saved is not None and time.time() - self.last_state < PAUSE * size:
             return
         strip = [(step, reward, torch.from_numpy(np.stack(images))) for step, reward, images in self.strip]
@@ -163,34 +146,36 @@ class Record:
         try:
             mmap = os.name != "nt"  # or every process would read all of it; Windows cannot replace a mapped file
             state = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-            changed = _differences(state["run"], self.identity)
-            if not changed:
-                self._load(state)
+            self._check(state)
+            self._load(state)
         except Exception as error:  # torch raises many kinds for a broken file
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is broken ({type(error).__name__}): drop --resume to start anew") from None
-        if changed:
-            raise CheckpointError(f"{path} is of a run with other settings ({'; '.join(changed)}): give the same ones")
-        if self.done > self.settings.steps:
-            raise CheckpointError(f"the interrupted run has done {self.done} steps: give --steps of at least that")
-        if self.kept:
-            if not self.ckpt.is_file():
-                raise CheckpointError(f"{self.ckpt} is missing, which that run has kept: put it back, or start anew")
-            header = read_metadata(self.ckpt)  # it may be of a later validation than the state
-            self.kept = int(header.get("step", self.kept[0])), float(header.get("reward", self.kept[1]))
         print(f"resuming after step {self.done}")
+
+    def _check(self, state: dict) -> None:
+        theirs, ours = state["run"], self.identity
+        if changed := [f"{name} {theirs.get(name)} -> {ours[name]}" for name in ours if theirs.get(name) != ours[name]]:
+            path = self.ckpt.with_suffix(STATE)
+            raise CheckpointError(f"{path} is of a run with other settings ({'; '.join(changed)}): give the same ones")
+        if state["step"] > self.settings.steps:
+            raise CheckpointError(f"the interrupted run has done {state['step']} steps: give --steps of at least that")
+        if state["best"][0] and not self.ckpt.is_file():
+            raise CheckpointError(f"{self.ckpt} is missing, which that run has kept: put it back, or start anew")
 
     def _load(self, state: dict) -> None:
         for name, part in self.learning.items():
             part.load_state_dict(state[name])
         own_averages(self.optimizer.adamw)
         self.best_step, self.best_reward, self.stale = state["best"]
-        self.kept = (self.best_step, self.best_reward) if self.best_step is not None else None
+        if self.best_step:
+            header = read_metadata(self.ckpt)  # it may be of a later validation than the state
+            self.kept = int(header["step"]), float(header["reward"])
         for step, reward, images in state["strip"]:
             self.strip.append((step, reward, [Image.fromarray(image) for image in images.numpy()]))
-        self.history, self.done = state["history"], state["step"]
-        self.saved = self.done
+        self.history = state["history"]
+        self.done = self.saved = state["step"]
 
     @contextmanager
     def session(self, resume: bool) -> Iterator[None]:
@@ -210,9 +195,15 @@ class Record:
         self.ckpt.with_suffix(STATE).unlink(missing_ok=True)  # there is nothing to resume
         print(self.summary())
 
+    def summary(self) -> str:
+        """Where the result is, and how good it is."""
+        if self.kept is None:
+            return "nothing was kept yet"
+        step, reward = self.kept
+        base = self.history[0]["reward"]
+        note = "" if reward > base else ", NOT BETTER than the base: try another --lr or other photos"
+        text = f"kept step {step} in {self.ckpt} (history .jsonl, film strip .png, same name)"
+        return f"{text}: reward {reward:.4f}, the base's is {base:.4f}{note}"
+
     def _advice(self, again: bool) -> str:
         return "start again" if again or self.saved is None else f"--resume continues after step {self.saved}"
-
-
-def _differences(theirs: dict, ours: dict) -> list[str]:
-    return [f"{name} {theirs.get(name)} -> {ours[name]}" for name in ours if theirs.get(name) != ours[name]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,26 +16,29 @@ from model.files.tensors import read_metadata
 from model.files.write import write_atomic
 from support import ranks
 
-STATE = ".state.pt"  # next to the checkpoint, while its run is not finished
-
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+STATE = ".state.pt"  # next to the checkpoint, while its run is not finished
+
+
+def files_of_run(ckpt: Path) -> list[Path]:
+    """The files that a run writes: checkpoint, history, film strip and state."""
+    return [ckpt.with_suffix(ending) for ending in (".safetensors", ".jsonl", ".png", STATE)]
+
 
 def check_writable(path: Path, size: int = 0) -> None:
     """Raise ValueError, before any work, if a file of `size` bytes cannot be written at `path`. Leaves nothing."""
     try:
-        folder = path.parent
-        # write_atomic creates missing folders, but not a link's missing target or a missing drive
-        while not os.path.lexists(folder) and folder != folder.parent:
-            folder = folder.parent
         if path.is_dir():
             raise ValueError(f"{path} is a folder: give a file name")
+        # The first folder that exists; a link to a missing folder counts, because mkdir() cannot make it.
+        folder = next((folder for folder in path.parents if os.path.lexists(folder)), path.parent)
         probe = folder / f".{path.name}.{os.getpid()}"
         probe.touch()
-        probe.unlink(missing_ok=True)  # two machines may share a folder and a process id
+        probe.unlink(missing_ok=True)  # another machine may have the same process id
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror}): choose another place") from None
@@ -45,46 +47,59 @@ def check_writable(path: Path, size: int = 0) -> None:
 
 
 def check_result(ckpt: Path, resume: bool, photos: Path) -> None:
-    """Say what a run with this --ckpt would replace. Raises ValueError if it cannot be written, or resumed.
+    """Print what a run with this --ckpt will replace. Raises ValueError if it cannot be written, or resumed.
 
-    A run may not replace what no run has written, such as a base model. Nor may its film strip be among the `photos`,
-    a folder: the next run would take it for a photo.
+    A run may not replace files that no run has written, such as a base model. Nor may it write into the folder of the
+    photos: the next run would take the film strip for a photo.
     """
-    results = [ckpt.with_suffix(ending) for ending in (".safetensors", ".jsonl", ".png", STATE)]
-    _, history, _, state = results
     if ckpt.parent.resolve() == photos.resolve():
         raise ValueError(f"--ckpt {ckpt} is in the folder of the photos, {photos}: give another folder")
-    for path in results:
+    files, state = files_of_run(ckpt), ckpt.with_suffix(STATE)
+    for path in files:
         check_writable(path)
-    existing = [path for path in results if path.exists()]
-    ours = _is_result(ckpt) if ckpt.exists() else state.exists() or _is_history(history)
-    if existing and not ours:
+    existing = [path for path in files if path.exists()]
+    if existing and not _is_result(ckpt):
         raise ValueError(f"{existing[0]} is not train.py's, and would be replaced: move it, or give another --ckpt")
     if resume:
-        if not state.is_file():
+        if state not in existing:
             raise ValueError(f"there is nothing to resume: {state} is missing")
         return
     if existing:
-        names = ", ".join(map(str, existing))
-        print(f"{names}: will be replaced, from step 0 on; --ckpt NAME keeps them")
-    if state.exists():
+        print(f"{', '.join(map(str, existing))}: will be replaced, from step 0 on; --ckpt NAME keeps them")
+    if state in existing:
         print(f"{state} is of an interrupted run; --resume continues it")
+
+
+def _is_result(ckpt: Path) -> bool:
+    """Return True if train.py has written the files of this name: the checkpoint, or else the state or the history."""
+    try:
+        if ckpt.exists():
+            header = read_metadata(ckpt).keys()
+            return {"version", "noun", "step"} <= header and CONFIG_KEY not in header  # which sample.py exports
+        if ckpt.with_suffix(STATE).exists():
+            return True
+        with open(ckpt.with_suffix(".jsonl"), encoding="utf-8") as history:
+            return {"step", "reward"} <= json.loads(history.readline()).keys()
+    except (CheckpointError, OSError, ValueError, AttributeError):
+        return False
 
 
 def check_room(ckpt: Path, parameters: int) -> None:
     """Raise ValueError if the disk has no room for a run that trains so many parameters.
 
-    A checkpoint and a state (fp32, with AdamW's two averages), and the new state next to the old while it is written.
+    4 bytes each for the checkpoint and 12 for the state, with AdamW's two averages; a new state needs another 12 before
+    it replaces the old one.
     """
-    existing = [path.stat().st_size for path in (ckpt, ckpt.with_suffix(STATE)) if path.exists()]
-    check_writable(ckpt, max(28 * parameters - sum(existing), 12 * parameters))
+    existing = sum(path.stat().st_size for path in (ckpt, ckpt.with_suffix(STATE)) if path.exists())
+    check_writable(ckpt, max(28 * parameters - existing, 12 * parameters))
 
 
 @contextmanager
 def lock(ckpt: Path) -> Iterator[None]:
-    """Hold the lock of a result, so that no other run on this machine writes it. Raises ValueError if one does.
+    """Hold the lock of a result. Raises ValueError if another run on this machine holds it.
 
-    The system frees the lock when a process ends, in any way; the file that carries it is removed.
+    The system frees the lock when a process ends, in any way. The first to hold it removes the temporary files of a run
+    that was killed while writing.
     """
     if fcntl is None or ranks.rank() > 0:
         yield
@@ -94,25 +109,23 @@ def lock(ckpt: Path) -> Iterator[None]:
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists():  # its owner has ended just now
-                raise BlockingIOError
         except BlockingIOError:
             raise ValueError(f"another run is writing {ckpt}: wait for it, or give another --ckpt") from None
         except OSError:  # some network file systems have no locks
             pass
         else:
-            _remove_temporary_files(ckpt)
+            remove_temporary_files(ckpt)
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
-def _remove_temporary_files(ckpt: Path) -> None:
-    """Remove what a run that was killed while writing has left."""
-    name = re.compile(rf"\.{re.escape(ckpt.stem)}\.(safetensors|jsonl|png|state\.pt)\.\d+")
+def remove_temporary_files(ckpt: Path) -> None:
+    """Remove the files that `write_atomic` has not renamed: .NAME.PROCESS."""
+    names = {f".{path.name}" for path in files_of_run(ckpt)}
     for file in ckpt.parent.iterdir():
-        if name.fullmatch(file.name):
+        if file.stem in names and file.suffix[1:].isdigit():
             file.unlink(missing_ok=True)
 
 
@@ -126,21 +139,3 @@ def write_json(path: Path, value: dict) -> None:
     """Write a JSON file as write_atomic does. Bytes of file names that are not UTF-8 become \\udcXX."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
-
-
-def _is_result(ckpt: Path) -> bool:
-    """Return True if its header says that train.py wrote it, and not sample.py's --export-single."""
-    try:
-        header = read_metadata(ckpt).keys()
-        return {"version", "noun", "step"} <= header and CONFIG_KEY not in header
-    except CheckpointError:
-        return False
-
-
-def _is_history(path: Path) -> bool:
-    """Return True if it begins as a run's history does, with the base's validation."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return {"step", "reward"} <= json.loads(file.readline()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False

@@ -2,8 +2,8 @@
 
     lr: float = paper(5e-6, positive, "learning rate of AdamW")
 
-Each field becomes a flag (`--lr`). A flag wins; then the base model's recommendation, its file rpo.json; then the
-default. `resolve` is the one place where this is decided, and prints each value with its source.
+Each field becomes a flag (`--lr`). A flag wins, then the recommendation of the base model (its file rpo.json), then the
+default. Only `resolve` decides this; it prints each value with its source.
 """
 
 from __future__ import annotations
@@ -12,119 +12,87 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 S = TypeVar("S")
+Check = Callable[[str], Any] | Sequence[str]  # parses a text, or names the possible words
 
 LORA_LR = 1e-4  # the default of --lr with --lora-rank: usual for LoRA
 
 
-# ------------------------------------------------------------------------------------------------ checks of a value
+def check_of(kind: type, is_good: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """A function that parses a text. It raises ArgumentTypeError if the value is not good, with what is expected."""
 
-
-def count(text: str) -> int:
-    """A whole number of at least 1, and below 2^31, the largest that the libraries take."""
-    return _number(text, int, lambda value: 1 <= value < 2**31, "a whole number of at least 1, below 2^31")
-
-
-def seed_number(text: str) -> int:
-    """A whole number in 0 .. 2^63 - 1; 0 is a seed like any other."""
-    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
-
-
-def guidance_scale(text: str) -> float:
-    """A classifier-free guidance in (0, 100]. Usual are 1 to 15; far larger ones make pixels that are not finite."""
-    return _number(text, float, lambda value: 0 < value <= 100, "a number above 0, at most 100")
-
-
-def at_least_0(text: str) -> float:
-    """A number of at least 0."""
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1]."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def _number(text: str, kind: type, is_good: Callable[[float], bool], expected: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not is_good(value):
+    def check(text: str) -> Any:
+        with suppress(ValueError):
+            if is_good(value := kind(text)):
+                return value
         raise argparse.ArgumentTypeError(f"{text!r} should be {expected}")
-    return value
+
+    return check
 
 
-# ------------------------------------------------------------------------------------------------------ declaration
+count = check_of(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1, below 2^31")  # the libraries' largest
+seed_number = check_of(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
+positive = check_of(float, lambda x: 0 < x < math.inf, "a number above 0")
+# Usual are 1 to 15; far larger ones make pixels that are not finite.
+guidance_scale = check_of(float, lambda x: 0 < x <= 100, "a number above 0, at most 100")
+at_least_0 = check_of(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+fraction = check_of(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
-def paper(default: Any, check: Callable[[str], Any] | Sequence[str], help: str) -> Any:
-    """A dataclass field whose default is the paper's value. check: parses a flag's text, or the possible words."""
-    return _setting(default, check, help, "the paper")
-
-
-def ours(default: Any, check: Callable[[str], Any] | Sequence[str] | None, help: str) -> Any:
-    """A dataclass field whose default is this project's choice. check: as in `paper`; None for a switch."""
-    return _setting(default, check, help, "our default")
-
-
-def _setting(default: Any, check: Any, help: str, source: str) -> Any:
+def paper(default: Any, check: Check, help: str, source: str = "the paper") -> Any:
+    """A dataclass field whose default is the paper's value. The check is also applied to the base's recommendation."""
     return dataclasses.field(default=default, metadata={"check": check, "help": help, "source": source})
+
+
+def ours(default: Any, check: Check | None, help: str) -> Any:
+    """A dataclass field whose default is this project's choice. check: None for a switch, which only its flag sets."""
+    return paper(default, check, help, source="our default")
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
     """One flag for each field of the dataclass; an absent flag is None."""
-    add = parser.add_argument_group("settings (a flag wins, then what the base recommends, then the default)")
+    group = parser.add_argument_group("settings (a flag wins, then what the base recommends, then the default)")
     for field in dataclasses.fields(settings):
-        flag, check = "--" + field.name.replace("_", "-"), field.metadata["check"]
+        flag, check, text = "--" + field.name.replace("_", "-"), field.metadata["check"], field.metadata["help"]
         if check is None:
-            add.add_argument(flag, action="store_true", default=None, help=field.metadata["help"])
+            group.add_argument(flag, action="store_true", default=None, help=text)
             continue
-        default = (
-            f" (default: {_shown(field.default)}, {field.metadata['source']})" if field.default is not None else ""
-        )
-        kind = {"type": check} if callable(check) else {"choices": tuple(check)}
-        add.add_argument(flag, **kind, help=field.metadata["help"] + default)
-
-
-# ------------------------------------------------------------------------------------------------------- resolution
+        if field.default is not None:
+            text += f" (default: {_shown(field.default)}, {field.metadata['source']})"
+        kind = {"type": check} if callable(check) else {"choices": check}
+        group.add_argument(flag, **kind, help=text)
 
 
 def resolve(settings: type[S], args: argparse.Namespace, recommended: dict, source: object) -> S:
     """The settings of a run: flags, else what the base recommends, else the defaults. Prints each with its source.
 
-    recommended: the content of the base's rpo.json, which the file `source` holds. With LoRA the recommended learning
-    rate is its "lora_lr". Raises ValueError, naming the file, for a recommended value that cannot be used.
+    recommended: the content of the base's rpo.json, whose path is `source`; with LoRA its "lora_lr" is the learning
+    rate. Raises ValueError, naming the file, for a recommended value that cannot be used.
     """
     values = {}
     for field in dataclasses.fields(settings):
-        key, value, origin = field.name, field.default, field.metadata["source"]
+        key, value, origin, check = field.name, field.default, field.metadata["source"], field.metadata["check"]
         if key == "lr" and args.lora_rank:
             key, value, origin = "lora_lr", LORA_LR, "usual for LoRA"
         if (given := getattr(args, field.name)) is not None:
             value, origin = given, "command line"
-        elif key in recommended:
-            value, origin = checked(field.metadata["check"], recommended, key, source), "this base's recommendation"
+        elif key in recommended and check is not None:
+            value, origin = checked(check, recommended, key, source), "this base's recommendation"
         values[field.name] = value
         if value is not None and value is not False:
             print(f"  {field.name:18} {_shown(value):<12} {origin}")
     return settings(**values)
 
 
-def checked(check: Callable[[str], Any] | Sequence[str], values: dict, name: str, source: object) -> Any:
-    """The value called `name`, as a flag would check it. Raises ValueError, naming the file `source`."""
-    text = str(values[name])
+def checked(check: Check, values: dict, name: str, source: object) -> Any:
+    """The value called `name`, checked as its flag is. Raises ValueError, naming the file `source`."""
+    if not callable(check):
+        check = check_of(str, check.__contains__, f"one of {', '.join(check)}")
     try:
-        if not callable(check) and text not in check:
-            raise argparse.ArgumentTypeError(f"{text!r} should be one of {', '.join(check)}")
-        return check(text) if callable(check) else text
+        return check(str(values[name]))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{source} is wrong about {name}: {error}") from None
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 
 from model.align import ALIGN
@@ -52,8 +53,7 @@ def parse(method: type, description: str, argv: list[str] | None = None) -> argp
     add("--token", type=flags.text, default="[V]", help="the unique token (default: %(default)s)")
     flags.add_base_flags(parser, flags.EMBEDDED_BASE, "the embedded one")
     add("--align", type=flags.path, help="the folder of the reward's ALIGN (default: reward/ in the base's folder)")
-    ckpt = Path(method.result)
-    add("--ckpt", type=flags.path, default=ckpt, help="the result (default: %(default)s)")
+    add("--ckpt", type=flags.path, default=Path(method.result), help="the result (default: %(default)s)")
     add("--lora-rank", type=count, help="train adapters of this rank, some MB (default: the whole U-Net)")
     add("--resume", action="store_true", help="continue an interrupted run")
     flags.add_machine_flags(parser)
@@ -85,12 +85,12 @@ def prepared(args: argparse.Namespace, method: type) -> Iterator[Run]:
     check_result(args.ckpt, args.resume, subject.folder)
     with lock(args.ckpt):
         prompts = "prompts of living subjects" if subject.live else "prompts of things"
-        prompts += " (a person or an animal? --live)" if args.live is None and not subject.live else ""
+        prompts += " (for a person or an animal: --live)" if args.live is None and not subject.live else ""
         print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
         args.settings = resolve(method.Settings, args, *recommended(args.base))
         short = memory.print_estimate(args, device)
-        sd, align, bert = _load(args, device, subject)
-        yield assemble(args, method, subject, sd, align, bert, offload=short)
+        sd, align = _load(args, device, subject)
+        yield assemble(args, method, subject, sd, align, BertTokenizer.from_pretrained(args.align), offload=short)
 
 
 def assemble(
@@ -115,22 +115,21 @@ def assemble(
     )
     optimizer = Optimizer(machine, settings.lr, settings.weight_decay, settings.clip_norm)
     photos, name = load_photos(subject, sd.image_size), method.__name__.lower()
-    header = header_of(name, args, settings, subject, sd)
-    identity = identity_of(name, args, settings, subject)
-    record = Record(args.ckpt, header, identity, subject.training_prompts, photos, machine, optimizer, settings)
+    header, identity = header_of(name, args, settings, subject, sd), identity_of(name, args, settings, subject)
+    record = Record(args.ckpt, header, identity, subject.training_prompts, photos, optimizer, settings)
     return Run(subject, photos, args.base, sd, align, bert, machine, optimizer, record, settings)
 
 
-def _load(args: argparse.Namespace, device, subject: Subject) -> tuple[StableDiffusion, ALIGN, BertTokenizer]:
+def _load(args: argparse.Namespace, device: torch.device, subject: Subject) -> tuple[StableDiffusion, ALIGN]:
     """The base and ALIGN. Raises ValueError for settings that do not fit this base."""
     settings = args.settings
     sd = StableDiffusion.from_pretrained(args.base, device, args.variant, args.prediction_type)
     sd.precision, sd.image_size = PRECISIONS[args.precision], settings.resolution or sd.image_size
     align = ALIGN.from_pretrained(args.align).to(device)
-    parameters = sum(p.numel() for p in sd.unet.parameters())
-    why = ", since torch sees no GPU" if args.device is None and device.type == "cpu" and parameters > 1e8 else ""
-    size = f"{parameters / 1e6:.1f} M parameters, {sd.image_size} px"
-    print(f"base {base_name(args.base)} on {device}{why}: {size}")
+    parameters = sum(parameter.numel() for parameter in sd.unet.parameters())
+    slow = args.device is None and device.type == "cpu" and parameters > 1e8
+    where = "cpu, since torch sees no GPU" if slow else device
+    print(f"base {base_name(args.base)} on {where}: {parameters / 1e6:.1f} M parameters, {sd.image_size} px")
     print(f"the token {subject.token} is read as {' '.join(sd.tokenizer.tokens(subject.token))}")
     flags.warn_of_truncation(sd.tokenizer, [subject.instance_prompt, *subject.training_prompts])
     if sd.image_size % sd.vae.downscale:
@@ -139,4 +138,4 @@ def _load(args: argparse.Namespace, device, subject: Subject) -> tuple[StableDif
         raise ValueError(f"--solver-steps must be between 1 and {most}, not {settings.solver_steps}")
     if not args.lora_rank:
         check_room(args.ckpt, parameters)
-    return sd, align, BertTokenizer.from_pretrained(args.align)
+    return sd, align

@@ -1,0 +1,62 @@
+"""header.py: which base a checkpoint belongs to and how to read it. test_train.py has what --resume accepts."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from support import header
+from support.flags import EMBEDDED_BASE
+
+
+def test_base_names(tmp_path, monkeypatch):
+    assert header.base_name(EMBEDDED_BASE) == "weights/toy"
+    monkeypatch.chdir(EMBEDDED_BASE.parent)
+    assert header.base_name(Path("toy")) == "weights/toy"
+    assert header.base_folder("weights/toy") == EMBEDDED_BASE
+    assert header.base_folder(header.base_name(tmp_path)) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    Path("link.safetensors").symlink_to(tmp_path / "store")  # its tokenizer/ is next to the link
+    assert header.base_name(Path("link.safetensors")) == str(tmp_path / "link.safetensors")
+
+
+def flags(**given):
+    return argparse.Namespace(**{"base": None, "variant": None, "prediction_type": None} | given)
+
+
+def test_base_of_a_checkpoint(tmp_path):
+    """Flags win. A whole U-Net has its own prediction type on any base; a LoRA has that of the base."""
+    ckpt, whole = tmp_path / "best.safetensors", {"base": str(tmp_path), "prediction_type": "v_prediction"}
+    lora, half = whole | {"lora_rank": "4"}, whole | {"variant": "fp16"}
+    for base, read, expected in (
+        *[(None, read, "v_prediction") for read in (whole, lora)],
+        *[(tmp_path, whole, "v_prediction"), (tmp_path, lora, None), (tmp_path, {}, None)],
+    ):
+        assert header.base_of(flags(base=base), ckpt, read) == (tmp_path, None, expected)
+        assert header.base_of(flags(base=base, prediction_type="epsilon"), ckpt, read)[2] == "epsilon"
+    assert header.base_of(flags(), None, {}) == (EMBEDDED_BASE, None, None)
+    assert (
+        header.base_of(flags(), ckpt, half)[1] == "fp16"
+        and header.base_of(flags(variant="ema"), ckpt, half)[1] == "ema"
+    )
+    for read, words in (({}, "names no base model"), ({"base": str(tmp_path / "gone")}, "gone, which is not there")):
+        with pytest.raises(ValueError, match=words):
+            header.base_of(flags(), ckpt, read)
+
+
+def test_steps_and_guidance(tmp_path):
+    """A flag wins, then the header (guidance alone), then the base's recommendation, then the default."""
+
+    def of(read=None, **given):
+        args = argparse.Namespace(**{"steps": None, "guidance": None} | given)
+        return header.steps_and_guidance(args, Path("best.safetensors"), read or {}, tmp_path)
+
+    assert of() == (20, 7.5)
+    (tmp_path / "rpo.json").write_text('{"solver_steps": 10, "guidance": 4}', encoding="utf-8")
+    assert of() == (10, 4) and of({"guidance": "3", "solver_steps": "5"}) == (10, 3)
+    assert of({"guidance": "3"}, steps=7, guidance=2.0) == (7, 2)
+    with pytest.raises(ValueError, match=r"best\.safetensors is wrong about guidance"):
+        of({"guidance": "-1"})
+    (tmp_path / "rpo.json").write_text('{"solver_steps": 0}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rpo\.json is wrong about solver_steps"):
+        of()
