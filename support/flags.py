@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import re
 import signal
 import sys
@@ -26,10 +25,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         protect_streams()
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                # "?" for a λ that the encoding lacks, instead of an error; line by line, so that a log can be followed.
-                stream.reconfigure(errors="replace", line_buffering=True)
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)  # or -1e-4 would be a flag
 

@@ -55,7 +55,7 @@ class Machine:
         else:
             self.unet = self.learned = copy.deepcopy(sd.unet)
             self.parameters = [*trained(self.unet)]
-            # conv_in too, untrained: torch crashes in a channels-last GroupNorm whose input needs no gradient (CPU, 2.13).
+            # conv_in too, untrained: torch 2.13 crashes in a channels-last GroupNorm whose input needs no gradient.
             for parameter in (*self.parameters, self.unet.conv_in.bias):
                 parameter.requires_grad_(True)
         self.unet.train()

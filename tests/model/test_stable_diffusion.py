@@ -22,18 +22,20 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from parity import randomise
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS, write_base
 
 from model.align import ALIGN
-from model.clip import CLIP
+from model.clip import CLIP, CLIPTextEncoder
 from model.dino import DINO
 from model.files.errors import CheckpointError
 from model.scheduler import randn
 from model.stable_diffusion import PRECISIONS, StableDiffusion, guided
 from model.tokenizer import BertTokenizer, CLIPTokenizer
 from model.unet import UNet
+from model.vae import VAE
 from toy.networks import WEIGHTS as TOY
 
 # What the public folders' scheduler_config.json say: SD 1.x, SD 2.1 at 768 px, and weights/toy.
@@ -52,24 +54,13 @@ TEXTS = [*PROMPTS[:2], "Purple CAT, wearing a rainbow scarf!"]
 LONG = "a dog on the beach and a cat in the snow " * 12
 
 
-def randomised(name, tensor, draws):
-    """Weights of a trained size, and norms away from their defaults."""
-    noise = torch.randn(tensor.shape, generator=draws)
-    if "norm" in name and name.endswith("weight"):
-        return 1 + 0.3 * noise
-    if tensor.ndim > 1 and "embedding" not in name:
-        return noise / tensor[0].numel() ** 0.5
-    return 0.3 * noise
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A base of tiny random networks, for pictures of 16 pixels."""
     folder = write_base(tmp_path_factory.mktemp("base") / "base")
-    draws = torch.Generator().manual_seed(0)
-    for file in (f"unet/{WEIGHTS}", f"vae/{WEIGHTS}", "text_encoder/model.safetensors"):
-        tensors = load_file(folder / file)
-        save_file({name: randomised(name, tensor, draws) for name, tensor in sorted(tensors.items())}, folder / file)
+    for part, kind in (("unet", UNet), ("vae", VAE), ("text_encoder", CLIPTextEncoder)):
+        (file,) = (folder / part).glob("*.safetensors")
+        save_file(randomise(kind.from_pretrained(folder / part)).state_dict(), file)
     change(folder / "vae" / "config.json", scaling_factor=0.3)  # not the default, which would hide that nobody reads it
     change(folder / "scheduler" / "scheduler_config.json", **SCHEDULERS["sd1"])
     return folder

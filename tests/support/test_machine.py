@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from tiny import write_base
 from torch import nn
 
 from model.lora import add_lora
@@ -25,14 +24,9 @@ def error(unet):
     return unet(*inputs()).square().mean()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("world") / "base")
-
-
 @pytest.fixture
-def sd(base):
-    return StableDiffusion.from_pretrained(base)
+def sd(world):
+    return StableDiffusion.from_pretrained(world / "base")
 
 
 def test_default_precision(monkeypatch):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny import UNET
 
 from model.files.config import config_from
@@ -99,15 +98,9 @@ def test_a_process_holds_only_its_own_pairs(monkeypatch):
 
 
 def test_the_estimate_reads_the_files_that_are_loaded(tmp_path):
-    """A single file that does not say what it predicts needs the flag."""
     export_single_file(StableDiffusion.from_pretrained(TOY), tmp_path / "whole.safetensors", {})
-    save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")  # without the header
     of_folder = memory.estimate_of(flags())
     assert memory.estimate_of(flags(base=tmp_path / "whole.safetensors")) == of_folder
-    with pytest.raises(CheckpointError, match="what it predicts"):
-        memory.estimate_of(flags(base=tmp_path / "bare.safetensors"))
-    bare = memory.estimate_of(flags(base=tmp_path / "bare.safetensors", prediction_type="epsilon"))
-    assert bare["weights"] == of_folder["weights"]
     assert memory.estimate_of(flags(resolution=128)) == of_folder  # the base's own
     assert memory.estimate_of(flags(resolution=256))["a step"] > 2 * of_folder["a step"]
 

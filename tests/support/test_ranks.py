@@ -13,21 +13,19 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from runs import QUICK, history
 from safetensors.torch import load_file
-from tiny import WEIGHTS, call, files_in, write_base, write_metrics, write_photos
+from tiny import call, files_in, write_ckpt, write_metrics, write_photos
 
 import evaluate
 import train
 from baselines.dpg import DPG
 from model.files.tensors import read_metadata
-from model.files.write import save_tensors
 from support import flags, ranks
 
-QUICK = ("--steps", 4, "--validate-every", 2, "--solver-steps", 1, "--images-per-prompt", 2, "--lr", 1e-3)
 QUICK = (*QUICK, "--device", "cpu")
 SLOW = 300  # seconds: more than any test needs on a busy machine
 
@@ -70,21 +68,8 @@ def start(tmp_path):
     return go
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    write_base(folder / "base")
-    write_photos(folder / "dog")
-    return folder
-
-
 def text(folder, name):
     return [(folder / f"{name}{rank}").read_text() for rank in (0, 1)]
-
-
-def history(path):
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def as_rank(monkeypatch, rank, world_size):
@@ -171,7 +156,7 @@ def test_two_processes_give_what_one_gives(start, world, tmp_path, monkeypatch):
     for name, (method, options) in RUNS.items():
         ckpt = f"{name}.safetensors"
         assert trains(world, method, *options, "--ckpt", ckpt) == 0
-        for ours, theirs in zip(history(alone / f"{name}.jsonl"), history(here / f"{name}.jsonl"), strict=True):
+        for ours, theirs in zip(history(alone, f"{name}.jsonl"), history(here, f"{name}.jsonl"), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4), name
         assert read_metadata(alone / ckpt)["step"] == read_metadata(here / ckpt)["step"]
         weights, others = load_file(alone / ckpt), load_file(here / ckpt)
@@ -215,22 +200,17 @@ def evaluates_twice(arguments):
     return max(evaluate.main(), evaluate.main())
 
 
-def test_subjects_are_shared_out(start, world, tmp_path, monkeypatch):
-    write_metrics(world / "base" / "metrics", world / "base" / "tokenizer")
-    tensors = {name: 1.5 * tensor.float() for name, tensor in load_file(world / "base" / "unet" / WEIGHTS).items()}
-    header = {"base": str(world / "base"), "token": "[V]", "step": "40", "guidance": "3.0"}
+def test_subjects_are_shared_out(start, base, tmp_path, monkeypatch):
+    write_metrics(base / "metrics", base / "tokenizer")
     for name, noun in {"cat2": "cat", "dog": "dog", "duck_toy": "toy"}.items():
         write_photos(tmp_path / "dataset" / name)
         if name != "dog":  # the first that the second process has to do
             for runs in ("one", "two"):
-                about = header | {"noun": noun, "live": str(noun == "cat")}
-                save_tensors(tensors, tmp_path / runs / name / "best.safetensors", about)
-    options = ("--dreambench", tmp_path / "dataset", "--steps", 1, "--n", 1, "--device", "cpu")
-    assert start(partial(evaluates_twice, (*options, "--ckpt", f"{tmp_path}/two/{{subject}}/best.safetensors"))) == [
-        1,
-        1,
-    ]
-    assert call(evaluate, monkeypatch, *options, "--ckpt", f"{tmp_path}/one/{{subject}}/best.safetensors") == 1
+                write_ckpt(base, tmp_path / runs / name / "best.safetensors", noun=noun, live=str(noun == "cat"))
+    options = ("--dreambench", tmp_path / "dataset", "--steps", 1, "--n", 1, "--device", "cpu", "--ckpt")
+    one, two = ((*options, tmp_path / runs / "{subject}" / "best.safetensors") for runs in ("one", "two"))
+    assert start(partial(evaluates_twice, two)) == [1, 1]
+    assert call(evaluate, monkeypatch, *one) == 1
     one, two = (json.loads((tmp_path / runs / "dreambench/best.eval.json").read_text()) for runs in ("one", "two"))
     assert one["subjects"] == two["subjects"] and list(one["subjects"]) == list(two["subjects"])
     assert one["mean"] == two["mean"] and list(one["failed"]) == list(two["failed"]) == ["dog"]
@@ -260,7 +240,7 @@ def test_interrupted_torchrun_keeps_the_best_and_leaves_no_process(world, tmp_pa
     monkeypatch.chdir(tmp_path)  # one process continues where two were interrupted
     done = torch.load("best.state.pt")["step"]
     assert call(train, monkeypatch, *common, "--resume", "--steps", done + 1) == 0
-    assert [row["step"] for row in history(Path("best.jsonl"))][-3:] == [done, done + 1, done + 1]
+    assert [row["step"] for row in history(tmp_path)][-3:] == [done, done + 1, done + 1]
     assert files_in(tmp_path) == ["best.jsonl", "best.png", "best.safetensors"]
 
 
