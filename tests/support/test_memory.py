@@ -23,7 +23,7 @@ UNET_WEIGHTS, ADAPTERS = 859_520_964, 16 * 199_296  # 3.2 M at rank 16, as diffu
 
 def estimated(**changed):
     """Of Stable Diffusion 1.5 at 512 px."""
-    return memory.estimate(UNetConfig(), **{"others": OTHERS, "side": 64, "pairs": 1, "precision": "bf16"} | changed)
+    return memory.estimate(UNetConfig(), **{"others": OTHERS, "side": 64, "pictures": 2, "precision": "bf16"} | changed)
 
 
 def test_estimate_counts_the_weights():
@@ -32,7 +32,7 @@ def test_estimate_counts_the_weights():
     assert estimated(precision="fp32")["weights"] == (4 + 4) * UNET_WEIGHTS
     assert lora["weights"] == 2 * UNET_WEIGHTS + 4 * ADAPTERS and lora["AdamW"] == 8 * ADAPTERS
     assert whole["other networks"] == lora["other networks"] == 4 * OTHERS
-    for grown in ({"pairs": 2}, {"side": 96}, {"precision": "fp32"}):
+    for grown in ({"pictures": 4}, {"side": 96}, {"precision": "fp32"}):
         assert estimated(lora_rank=16, **grown)["a step"] > 1.4 * lora["a step"]
 
 
@@ -47,7 +47,7 @@ def test_estimate_of_the_modes():
 def test_estimate_of_a_step_is_what_autograd_keeps():
     """Counted in a real forward pass in fp32, of a batch so large that what backward() adds is small."""
     unet = UNet(config_from(UNetConfig, UNET))
-    weights, kept, pairs, side = {each.data_ptr() for each in unet.parameters()}, {}, 16, 16
+    weights, kept, pictures, side = {each.data_ptr() for each in unet.parameters()}, {}, 32, 16
 
     def note(tensor):
         if tensor.data_ptr() not in weights:
@@ -55,9 +55,9 @@ def test_estimate_of_a_step_is_what_autograd_keeps():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = unet(torch.randn(2 * pairs, 4, side, side), 7, torch.randn(2 * pairs, 5, 32))
+        out = unet(torch.randn(pictures, 4, side, side), 7, torch.randn(pictures, 5, 32))
     assert out.requires_grad
-    assert memory.estimate(unet.config, 0, side, pairs)["a step"] == pytest.approx(sum(kept.values()), rel=0.1)
+    assert memory.estimate(unet.config, 0, side, pictures)["a step"] == pytest.approx(sum(kept.values()), rel=0.1)
 
 
 def flags(batch=4, resolution=None, **changed):
@@ -69,7 +69,7 @@ def flags(batch=4, resolution=None, **changed):
         "base": TOY,
         "align": TOY / "reward",
     }
-    settings = SimpleNamespace(batch=batch, resolution=resolution)
+    settings = SimpleNamespace(batch=batch, resolution=resolution, pictures_a_pair=2)
     return argparse.Namespace(**given | {"variant": None, "prediction_type": None, "settings": settings} | changed)
 
 

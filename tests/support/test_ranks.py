@@ -141,9 +141,8 @@ def trains(world, method, *options, before_step=lambda self, step: None):
 
 
 def all_runs(world):
-    return max(
-        trains(world, method, *options, "--ckpt", f"{name}.safetensors") for name, (method, options) in RUNS.items()
-    )
+    for name, (method, options) in RUNS.items():
+        assert trains(world, method, *options, "--ckpt", f"{name}.safetensors") == 0
 
 
 def test_two_processes_give_what_one_gives(start, world, tmp_path, monkeypatch):
@@ -153,9 +152,9 @@ def test_two_processes_give_what_one_gives(start, world, tmp_path, monkeypatch):
     alone.mkdir()
     monkeypatch.chdir(alone)
     monkeypatch.setattr(sys, "argv", sys.argv)  # restored at the end
-    for name, (method, options) in RUNS.items():
+    all_runs(world)
+    for name in RUNS:
         ckpt = f"{name}.safetensors"
-        assert trains(world, method, *options, "--ckpt", ckpt) == 0
         for ours, theirs in zip(history(alone, f"{name}.jsonl"), history(here, f"{name}.jsonl"), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4), name
         assert read_metadata(alone / ckpt)["step"] == read_metadata(here / ckpt)["step"]
@@ -172,24 +171,19 @@ def test_two_processes_give_what_one_gives(start, world, tmp_path, monkeypatch):
     assert out.count("kept step") == 3 and "training" in err and other == silent == ""
 
 
-def spoil(kind, self, step):
-    """An error in the third step of the second process."""
+def fill_memory(self, step):
     if step == 3 and ranks.rank() == 1:
-        if kind == "memory":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        self.c = self.c * float("nan")
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [("memory", ["another process of this run has ended", "a smaller --batch"]), ("nan", ["is nan at step 3"] * 2)],
-)
-def test_an_error_in_one_process_ends_all(start, world, tmp_path, kind, words):
+def test_an_error_in_one_process_ends_all(start, world, tmp_path):
     """torchrun, unlike this test, ends the first process before it prints what has happened to the second."""
-    assert start(partial(trains, world, train.RPO, "--batch", 4, before_step=partial(spoil, kind))) == [2, 2]
+    assert start(partial(trains, world, train.RPO, "--batch", 4, before_step=fill_memory)) == [2, 2]
     here = tmp_path / "here"
-    for err, word in zip(text(here, "err"), words, strict=True):
-        assert [word in line for line in err.splitlines() if "error: " in line] == [True] and "Traceback" not in err
+    for err, words in zip(
+        text(here, "err"), ("another process of this run has ended", "a smaller --batch"), strict=True
+    ):
+        assert [words in line for line in err.splitlines() if "error: " in line] == [True] and "Traceback" not in err
     files = [name for name in files_in(here) if name.startswith("best")]
     assert files == ["best.jsonl", "best.png", "best.safetensors", "best.state.pt"]
     assert read_metadata(here / "best.safetensors")["step"] == "2"
