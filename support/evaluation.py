@@ -103,7 +103,7 @@ def parse(description: str) -> argparse.Namespace:
 def place(args: argparse.Namespace, name: str) -> Path:
     """Where the results of a subject go, but for the ending; with --ckpt, its checkpoint."""
     if args.ckpt:
-        return Path(args.ckpt.replace("{subject}", name) if args.dreambench else args.ckpt)
+        return flags.path(args.ckpt.replace("{subject}", name) if args.dreambench else args.ckpt)
     base = Path(os.path.abspath(args.base or flags.EMBEDDED_BASE))  # "." has no name
     stem = f"base-{base.stem if base.is_file() else base.name}"
     return Path(stem, f"{name}.safetensors") if args.dreambench else Path(f"{stem}-{name}.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -68,10 +69,13 @@ def guarded(work: Callable[[], int | None], remedy: Callable[[], str], interrupt
 
 
 def path(name: str) -> Path:
-    """A file or folder. An empty name, usually from an unset variable, would mean the current folder."""
+    """A file or folder, with `~` expanded: in `--out=~/pics` the shell leaves it.
+
+    An empty name, usually from an unset variable, would mean the current folder.
+    """
     if not name:
         raise argparse.ArgumentTypeError("is empty: give the name of a file or folder, or leave it out")
-    return Path(text(name))  # the name is written into headers, PNGs and JSON files
+    return Path(os.path.expanduser(text(name)))  # text: the name is written into headers, PNGs and JSON files
 
 
 def text(value: str) -> str:

@@ -39,6 +39,12 @@ def distributed(main: Callable[[], int]) -> int:
     """Call `main` in each process that torchrun started, as one group; return its exit status."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:  # some images set WORLD_SIZE alone
         return main()
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        unset = f"error: WORLD_SIZE and RANK are set, but not {' and '.join(missing)}"
+        print(f"{unset}: start with torchrun, or unset WORLD_SIZE", file=sys.stderr)
+        return 2
+    if os.environ["RANK"] == "0":
+        print(f"waiting for {os.environ['WORLD_SIZE']} processes", file=sys.stderr)
     gpus = dist.is_nccl_available() and torch.cuda.is_available()
     # A day: at the end of evaluate.py a rank may wait long for the others. One that ends is noticed at once.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=1))

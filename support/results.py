@@ -84,14 +84,14 @@ def _is_result(ckpt: Path) -> bool:
         return False
 
 
-def check_room(ckpt: Path, parameters: int) -> None:
+def check_room(ckpt: Path, parameters: int, pictures: int) -> None:
     """Raise ValueError if the disk has no room for a run that trains so many parameters.
 
     4 bytes each for the checkpoint and 12 for the state, with AdamW's two averages; a new state needs another 12 before
-    it replaces the old one.
+    it replaces the old one. pictures: the bytes of the film strip's pictures, which are in both states and in the page.
     """
     existing = sum(path.stat().st_size for path in (ckpt, ckpt.with_suffix(STATE)) if path.exists())
-    check_writable(ckpt, max(28 * parameters - existing, 12 * parameters))
+    check_writable(ckpt, max(28 * parameters - existing, 12 * parameters) + 3 * pictures)
 
 
 @contextmanager

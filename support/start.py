@@ -114,6 +114,8 @@ def assemble(
         offloadable=[sd.vae, sd.text_encoder, align] if offload else [],
     )
     optimizer = Optimizer(machine, settings.lr, settings.weight_decay, settings.clip_norm)
+    strip = (settings.steps // settings.validate_every + 2) * len(subject.training_prompts) * 3 * sd.image_size**2
+    check_room(args.ckpt, sum(parameter.numel() for parameter in machine.learned.parameters()), strip)
     photos, name = load_photos(subject, sd.image_size), method.__name__.lower()
     header, identity = header_of(name, args, settings, subject, sd), identity_of(name, args, settings, subject)
     record = Record(args.ckpt, header, identity, subject.training_prompts, photos, optimizer, settings)
@@ -136,6 +138,4 @@ def _load(args: argparse.Namespace, device: torch.device, subject: Subject) -> t
         raise ValueError(f"--resolution must be a multiple of {sd.vae.downscale}, not {settings.resolution}")
     if settings.solver_steps > (most := len(sd.scheduler.alphas_cumprod)):
         raise ValueError(f"--solver-steps must be between 1 and {most}, not {settings.solver_steps}")
-    if not args.lora_rank:
-        check_room(args.ckpt, parameters)
     return sd, align

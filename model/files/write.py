@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,10 +15,11 @@ from model.files.errors import is_out_of_memory
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary name in the same folder, then rename that file to `path`.
+    """Call `write` with a temporary name in the same folder, then rename that file to `path`, or to its link's target.
 
     Makes the folder. Raises ValueError if the file cannot be written; an out-of-memory error stays as it is.
     """
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,9 +28,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"{path} cannot be written ({error})") from None
+        # torch's and safetensors' own words for a full disk are a riddle
+        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**16
+        raise ValueError(f"{path} cannot be written ({'no space left on the disk' if full else error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

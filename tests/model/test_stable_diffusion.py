@@ -316,6 +316,8 @@ def test_what_is_no_base(tmp_path, base):
     for part, name in (("text_encoder_2", "SDXL"), ("transformer", "SD 3")):
         (tmp_path / name / part).mkdir(parents=True)
         refused(tmp_path / name, name, "only Stable Diffusion 1.x and 2.x")
+    (tmp_path / "models--org--name" / "snapshots").mkdir(parents=True)
+    refused(tmp_path / "models--org--name", "snapshots/HASH")
     refused(tmp_path, tmp_path, "lacks", "unet, vae, text_encoder, tokenizer, scheduler")
     folder = copied(base, tmp_path / "base")
     (folder / "vae" / WEIGHTS).unlink()

@@ -18,6 +18,7 @@ from support.settings import count
 
 def test_paths_and_texts():
     assert flags.path("a/b") == Path("a/b") and flags.text("a café in the snow, 犬") == "a café in the snow, 犬"
+    assert flags.path("~/pics") == Path.home() / "pics"  # as in --out=~/pics
     with pytest.raises(argparse.ArgumentTypeError, match="empty"):
         flags.path("")
     for kind in (flags.path, flags.text):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from runs import QUICK, history
 from safetensors.torch import load_file
-from tiny import call, files_in, write_ckpt, write_metrics, write_photos
+from tiny import call, error_line, files_in, write_ckpt, write_metrics, write_photos
 
 import evaluate
 import train
@@ -110,6 +110,14 @@ def test_one_process_needs_no_group(monkeypatch):
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE", raising=False)
         assert ranks.distributed(lambda: 7) == 7
+
+
+def test_variables_without_a_launcher_are_one_line(monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert ranks.distributed(lambda: 7) == 2
+    assert "but not MASTER_ADDR: start with torchrun" in error_line(capsys)
 
 
 RUNS = {  # name: method, options

@@ -1,6 +1,8 @@
 """Files are written whole or not at all, and the same tensors give the same bytes."""
 
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,3 +93,24 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch, raised, seen):
         write_atomic(path, lambda temporary: temporary.write_text("new"))
     assert (first.value is raised) == (second.value is raised) == (seen is not ValueError)
     assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "best.txt", tmp_path / "there" / "kept.txt"
+    for _ in range(2):  # a link to nothing, and to a file
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        write_atomic(link, lambda path: path.write_text("new"))
+        assert link.is_symlink() and target.read_text() == "new" and len(list(target.parent.iterdir())) == 1
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def failing(path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 22")
+
+    with pytest.raises(ValueError, match="unexpected pos"):
+        write_atomic(tmp_path / "state.pt", failing)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(ValueError, match="no space left on the disk"):
+        write_atomic(tmp_path / "state.pt", failing)
