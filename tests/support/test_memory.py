@@ -115,13 +115,3 @@ def test_a_wrong_configuration_is_named(tmp_path, name, value):
     with pytest.raises(CheckpointError) as caught:
         memory.estimate_of(flags(base=tmp_path / "base"))
     assert str(path) in str(caught.value)
-
-
-def test_a_gpu_with_less_free_memory_gets_a_warning(monkeypatch, capsys):
-    total = sum(memory.estimate_of(flags()).values())
-    for device, free, short in (("cpu", 0, False), ("cuda", total, False), ("cuda", total - 1, True)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80e9))
-        assert memory.print_estimate(flags(), torch.device(device)) == short
-        out = capsys.readouterr().out
-        assert f"memory, estimated: {total / 1e9:.1f} GB (weights 0.1, AdamW 0.1, " in out
-        assert ("warning: this GPU has" in out and "try --lora-rank 16" in out) == short
