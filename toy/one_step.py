@@ -6,7 +6,6 @@ It calls train.RPO's own prepare, batch and losses on data/dog, so it shows what
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -18,12 +17,13 @@ from support import flags, start
 from train import RPO
 
 SIDE, GAP, HEAD = 128, 12, 34
-T = 500  # a timestep in the middle, where the prompt still matters
+TITLES = ("theta_0, c_mod", "theta, c_mod", "theta, c")
+STEP, T = 11, 500  # whose batch is shown; a timestep in the middle, where the prompt still matters
 
 
-def panels(run: RPO, step: int) -> tuple[list[list[tuple[str, Image.Image]]], str]:
+def panels(run: RPO) -> tuple[list[list[tuple[str, Image.Image]]], str]:
     """Two rows of titled pictures, of the photo and of the negative, and the numbers of the step."""
-    batch = run.batch(step)
+    batch = run.batch(STEP)
     batch = run.machine.place(batch._replace(t=torch.full_like(batch.t, T)))
     similarity, ref, gen, base_ref, base_gen = (value.item() for value in run.losses(batch))
     loss = run.loss(batch)
@@ -36,18 +36,19 @@ def panels(run: RPO, step: int) -> tuple[list[list[tuple[str, Image.Image]]], st
         f"= {loss.margin.item():+.4f}\n"
         f"L = L_sim + L_pref = {similarity:.4f} + {loss.preference.item():.4f} = {loss.total.item():.4f}"
     )
+    seen_by = {
+        "ref": [(run.theta_0, batch.c_mod, base_ref), (run.theta, batch.c_mod, ref), (run.theta, batch.c, similarity)],
+        "gen": [(run.theta_0, batch.c_mod, base_gen), (run.theta, batch.c_mod, gen)],
+    }
     rows = []
     for name, x_0, eps in (("ref", batch.x_ref, batch.eps_ref), ("gen", batch.x_gen, batch.eps_gen)):
         x_t = run.sd.scheduler.add_noise(x_0, eps, batch.t)
-        seen = [(f"x_{name}", x_0), ("x_t", x_t)]
-        networks = [("theta_0, c_mod", run.theta_0, batch.c_mod, base_ref if name == "ref" else base_gen)]
-        networks += [("theta, c_mod", run.theta, batch.c_mod, ref if name == "ref" else gen)]
-        networks += [("theta, c", run.theta, batch.c, similarity)] if name == "ref" else []
-        for title, network, context, value in networks:
+        row = [(f"x_{name}", x_0), ("x_t", x_t)]
+        for title, (network, context, value) in zip(TITLES, seen_by[name], strict=False):
             with torch.no_grad():
                 prediction = network(x_t, batch.t, context).float()
-            seen.append((f"{title}\nl = {value:.4f}", run.sd.scheduler.to_x0_eps(prediction, x_t, batch.t)[0]))
-        rows.append([(title, run.sd.decode_latents(latents)[0]) for title, latents in seen])
+            row.append((f"{title}\nl = {value:.4f}", run.sd.scheduler.to_x0_eps(prediction, x_t, batch.t)[0]))
+        rows.append([(title, run.sd.decode_latents(latents)[0]) for title, latents in row])
     return rows, numbers
 
 
@@ -66,22 +67,19 @@ def page(rows: list[list[tuple[str, Image.Image]]], numbers: str) -> Image.Image
     return sheet
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", type=Path, default=Path("best.safetensors"), help="θ, the whole U-Net")
-    parser.add_argument("--step", type=int, default=11, help="the step whose batch is shown (default: 11)")
-    parser.add_argument("--out", type=Path, default=Path("docs/one-step.png"))
-    asked = parser.parse_args()
-    subject = flags.EMBEDDED_BASE.parent.parent / "data" / "dog"
-    args = start.parse(RPO, "", ["--subject", str(subject), "--batch", "1", "--ckpt", "runs/one-step.safetensors"])
+    parser.add_argument("--ckpt", default="best.safetensors", help="θ, the whole U-Net")
+    ckpt = Path(parser.parse_args().ckpt)
+    project = flags.EMBEDDED_BASE.parent.parent
+    words = ("--subject", project / "data" / "dog", "--batch", 1, "--ckpt", "runs/one-step.safetensors")
+    args = start.parse(RPO, "", [str(word) for word in words])
     with start.prepared(args, RPO) as parts:
         run = RPO(parts, Reward(parts.align, parts.bert, parts.photos))
         run.prepare()
-        run.machine.unet.load_state_dict(read_tensors(asked.ckpt))
-        page(*panels(run, asked.step)).save(asked.out)
-    print(asked.out)
-    return 0
+        run.machine.unet.load_state_dict(read_tensors(ckpt))
+        page(*panels(run)).save(project / "docs" / "one-step.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
