@@ -34,7 +34,7 @@ def base(world, tmp_path_factory):
 @pytest.fixture
 def run(world, tmp_path, monkeypatch):
     """Call `train_tiny` in an empty folder."""
-    from runs import train_tiny
+    from trainings import train_tiny
 
     monkeypatch.chdir(tmp_path)
     return partial(train_tiny, world, monkeypatch)
@@ -43,7 +43,7 @@ def run(world, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def done(world, tmp_path_factory):
     """An uninterrupted run: its folder and its RPO."""
-    from runs import RPO, train_tiny
+    from trainings import RPO, train_tiny
 
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import history, steps, stopped, train_tiny
 from tiny import error_line
 from torch import nn
+from trainings import history, steps, stopped, train_tiny
 
 from baselines.dpg import DPG, Critic, look_forward_reward, policy_loss
 from baselines.dreambooth import PriorBatch

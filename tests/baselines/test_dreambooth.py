@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import QUICK, history, steps, validations, watched
 from tiny import call
+from trainings import QUICK, history, steps, validations, watched
 
 import baselines.__main__
 import train

@@ -16,9 +16,9 @@ from functools import partial
 
 import pytest
 import torch
-from runs import QUICK, history
 from safetensors.torch import load_file
 from tiny import call, error_line, files_in, write_ckpt, write_metrics, write_photos
+from trainings import QUICK, history
 
 import evaluate
 import train
