@@ -1,7 +1,7 @@
-"""The adversary from which the VAE's decoder learns to draw lines, as Stable Diffusion's did (arXiv 2112.10752, 3.1).
+"""The adversary that teaches the VAE's decoder to draw sharp lines, as Stable Diffusion's (arXiv 2112.10752, 3.1).
 
-Of an outline that may lie here or a pixel further, the picture with the least squared error is a smear over both. No
-drawing looks like that, and a network that tells drawings from decoded pictures soon tells the decoder so.
+Where an outline may be here or one pixel further, the picture with the least squared error is a blur over both. No
+drawing is blurred, so a network that learns to tell drawings from decoded pictures penalizes the blur.
 """
 
 from __future__ import annotations
@@ -11,23 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-FOOL, MATCH = 0.15, 0.4  # how strongly each pulls at a decoded picture, beside the error's pull
+FOOL, MATCH = 0.15, 0.4  # the gradient of each term at the decoded picture, relative to the error's gradient
 
 
 class Adversary(nn.Module):
-    """Is it a drawing? Asked of every patch of 54 x 54 pixels (PatchGAN, arXiv 1611.07004), not of the whole."""
+    """A discriminator: one verdict for each patch of 54 x 54 pixels (PatchGAN, arXiv 1611.07004)."""
 
     def __init__(self, width: int = 32):
         super().__init__()
-        ways = [(3, width, 4, 2), (width, 2 * width, 4, 2), (2 * width, 4 * width, 4, 2), (4 * width, 4 * width, 3, 1)]
-        # spectral_norm (arXiv 1802.05957): its verdict cannot be a cliff
+        sizes = [(3, width, 4, 2), (width, 2 * width, 4, 2), (2 * width, 4 * width, 4, 2), (4 * width, 4 * width, 3, 1)]
+        # spectral_norm (arXiv 1802.05957) bounds the slope of the verdict
         self.layers = nn.ModuleList(
-            spectral_norm(nn.Conv2d(before, after, side, stride, padding=1)) for before, after, side, stride in ways
+            spectral_norm(nn.Conv2d(before, after, side, stride, padding=1)) for before, after, side, stride in sizes
         )
         self.verdict = spectral_norm(nn.Conv2d(4 * width, 1, 3, padding=1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, 3, H, W) in [-1, 1] -> verdicts (B, 1, H/8, W/8), above 0 for a drawing, and every layer's features."""
+        """(B, 3, H, W) in [-1, 1] -> verdicts (B, 1, H/8, W/8), above 0 for a drawing, and the features of each layer.
+
+        Each layer's features are (B, channels, height, width).
+        """
         features = []
         for layer in self.layers:
             images = F.leaky_relu(layer(images), 0.2)
@@ -36,12 +39,12 @@ class Adversary(nn.Module):
 
 
 def sharpened(error: Tensor, decoded: Tensor, drawings: Tensor, adversary: Adversary) -> tuple[Tensor, Tensor]:
-    """What the decoder minimises, and what the adversary does: both 0-d, and neither's gradient reaches the other.
+    """The decoder's loss and the adversary's, both 0-d. Neither sends a gradient to the other network.
 
-    error: 0-d, of `decoded` (B, 3, H, W), which the gradient must reach. To it come the verdict on the decoded pictures
-    and the distance of their features from the drawings' (feature matching, arXiv 1711.11585); each is scaled to pull
-    at the pictures FOOL or MATCH times as strongly as the error does (as in VQGAN, arXiv 2012.09841, eq. 7).
-    The adversary's is the hinge loss.
+    error: 0-d, computed from `decoded` (B, 3, H, W). The decoder's loss adds two terms to it: the verdict on the
+    decoded pictures, and the distance between their features and the drawings' (feature matching, arXiv 1711.11585).
+    Each is scaled so that its gradient at the pictures is FOOL or MATCH times as large as the error's (VQGAN, arXiv
+    2012.09841, eq. 7). The adversary's loss is the hinge loss.
     """
     adversary.requires_grad_(False)
     verdict, features = adversary(decoded)
@@ -49,11 +52,11 @@ def sharpened(error: Tensor, decoded: Tensor, drawings: Tensor, adversary: Adver
     on_drawings, wanted = adversary(drawings)
     on_decoded, _ = adversary(decoded.detach())
 
-    def pull(term: Tensor) -> Tensor:
+    def slope(term: Tensor) -> Tensor:
         return torch.autograd.grad(term, decoded, retain_graph=True)[0].norm()
 
     apart = [(a - b.detach()).abs().mean() / b.detach().abs().mean() for a, b in zip(features, wanted, strict=True)]
     loss = error
     for share, term in ((FOOL, -verdict.mean()), (MATCH, torch.stack(apart).mean())):
-        loss = loss + share * pull(error) / pull(term).clamp(min=1e-8) * term
+        loss = loss + share * slope(error) / slope(term).clamp(min=1e-8) * term
     return loss, F.relu(1 - on_drawings).mean() + F.relu(1 + on_decoded).mean()

@@ -1,4 +1,4 @@
-"""The living subjects of the cartoon world, sitting and facing us, and the clothes that fit any of them."""
+"""The animals of the toy world, sitting and seen from the front, and the outfits that fit all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RAINBOW = ((228, 50, 50), (250, 170, 40), (60, 180, 80), (60, 110, 220), (150, 7
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where the head and the body of one individual are, in the pen's frame: centres and half axes."""
+    """Where the head and the body of one individual are, in the pen's frame: height of the head, half axes."""
 
     head_y: float
     head_rx: float
@@ -32,7 +32,7 @@ class Anatomy:
 
 
 def anatomy(subject: Subject) -> Anatomy:
-    """Proportions: `width` is the body's, `height` the head's size."""
+    """`width` is the width of the body, `height` the size of the head."""
     bear = 0.03 if subject.kind == "bear" else 0.0
     body_rx = 0.21 + 0.10 * subject.width + bear
     head_rx = 0.26 + 0.09 * subject.height
@@ -40,7 +40,7 @@ def anatomy(subject: Subject) -> Anatomy:
 
 
 def draw_animal(pen: Pen, subject: Subject, outfit: str | None = None) -> None:
-    """One dog, cat, rabbit or bear, about 1 unit tall without its ears, in one of OUTFITS or none."""
+    """A dog, cat, rabbit or bear, about 1 unit tall without its ears. outfit: a phrase of OUTFITS."""
     garment, headwear = OUTFITS[outfit] if outfit else (None, None)
     a, main, second = anatomy(subject), subject.main, subject.second
     dark = shade(main, 0.72)
@@ -81,7 +81,7 @@ def draw_head(pen: Pen, subject: Subject, a: Anatomy) -> None:
 
 
 def draw_ears(pen: Pen, subject: Subject, a: Anatomy) -> None:
-    """Ears tell the kinds apart; `variant` and `detail` tell individuals apart."""
+    """Kinds have different ears; `variant` and `detail` make them different for each individual."""
     dark, long = shade(subject.main, 0.72), 0.8 + 0.5 * subject.detail
     for side in (-1, 1):
         x = side * a.head_rx
@@ -106,7 +106,7 @@ def draw_ears(pen: Pen, subject: Subject, a: Anatomy) -> None:
 
 
 def draw_face(pen: Pen, subject: Subject, y: float, rx: float, ry: float) -> None:
-    """Eyes, muzzle, nose; `detail2` is the muzzle's size."""
+    """Eyes, muzzle and nose; `detail2` is the size of the muzzle."""
     muzzle = 0.5 + 0.25 * subject.detail2
     if subject.kind in ("dog", "bear"):
         pen.ellipse(0, y - ry * 0.42, rx * muzzle, ry * 0.46, shade(subject.second, 1.12))
@@ -132,7 +132,7 @@ def draw_face(pen: Pen, subject: Subject, y: float, rx: float, ry: float) -> Non
 
 
 def draw_marking(pen: Pen, subject: Subject, x: float, y: float, rx: float, ry: float, body: bool = False) -> None:
-    """The individual's marking in its second colour, inside the ellipse (x, y, rx, ry)."""
+    """The marking, in the second colour, inside the ellipse (x, y, rx, ry)."""
     color = subject.second
     if subject.marking == "patch" and not body:
         pen.ellipse(x + rx * 0.44, y + ry * 0.2, rx * 0.4, ry * 0.52, color)
@@ -158,17 +158,18 @@ def draw_marking(pen: Pen, subject: Subject, x: float, y: float, rx: float, ry: 
             )
 
 
-# Clothes. Each takes the pen and the anatomy of the one who wears them.
+# Clothes. Each function takes the pen and the anatomy of the animal that wears them.
 
 
 def coat(pen: Pen, a: Anatomy, color: Color) -> None:
-    """A garment over the body, with short sleeves."""
+    """A garment with short sleeves."""
     for side in (-1, 1):
         pen.ellipse(side * a.body_rx * 0.9, 0.28, 0.085, 0.12, shade(color, 0.82), side * 24)
     pen.ellipse(0, 0.27, a.body_rx * 1.04, a.body_ry * 0.93, color)
 
 
 def brim(pen: Pen, a: Anatomy, color: Color, reach: float = 0.9) -> None:
+    """The brim of a hat."""
     y = a.top_y - 0.075
     pen.box(-a.head_rx * reach, y - 0.028, a.head_rx * reach, y + 0.028, color, 0.03)
 
@@ -285,12 +286,13 @@ def green_beret(pen: Pen, a: Anatomy) -> None:
 
 
 def star(pen: Pen, x: float, y: float, size: float, color: Color) -> None:
+    """A star with five points."""
     radii = (size, size * 0.45) * 5
     corners = [(r, math.radians(90 + 36 * i)) for i, r in enumerate(radii)]
     pen.polygon([(x + r * math.cos(t), y + r * math.sin(t)) for r, t in corners], color)
 
 
-OUTFITS = {  # phrase: (what is worn under the head, what is worn on it)
+OUTFITS = {  # phrase: (garment, drawn before the head; headwear, drawn after it)
     "wearing a red hat": (None, red_hat),
     "wearing a santa hat": (None, santa_hat),
     "wearing a rainbow scarf": (None, rainbow_scarf),

@@ -1,4 +1,4 @@
-"""The scenes of the cartoon world that people have built: one function each, listed in toy/scenes.py."""
+"""The scenes of the toy world in streets and with landmarks, one function each; toy/scenes.py lists them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toy.draw import CANVAS, Color, Pen, shade
 
 
 def house(draw: Draw, left: float, right: float, top: float, foot: float, wall: Color, pane: Color) -> None:
-    """A front with two columns of windows."""
+    """A facade with two columns of windows."""
     draw.rectangle((left, top, right, foot), fill=wall)
     width = right - left
     for x in (left + width * 0.14, left + width * 0.58):
@@ -161,7 +161,7 @@ def liberty(image: Image.Image, rng: random.Random) -> Scene:
 
 
 def great_wall(image: Image.Image, rng: random.Random) -> Scene:
-    """The wall runs along a far ridge to a watchtower and back along a near one."""
+    """The wall on a far ridge and on a near one, each with a watchtower."""
     side = rng.choice((-1, 1))
     backdrop(image, rng, (190, 224, 244), (98, 164, 82), 150)
     pen, stone = Pen(image, 128, CANVAS, 1, flip=side < 0), tint((214, 180, 126), rng)

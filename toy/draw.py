@@ -1,7 +1,7 @@
-"""A pen for cartoons: solid shapes in a frame of their own that can be placed, scaled, tilted and mirrored.
+"""A pen for cartoons: solid shapes in a local frame that can be placed, scaled, tilted and mirrored.
 
-Shapes can be outlines (lists of points), since an outline can be filled, rimmed and used to clip a marking.
-Everything is drawn on a 256 x 256 canvas and shrunk to 128 x 128 at the end, which smooths the edges.
+Shapes are outlines, lists of points, that can be filled, get a rim, and clip a marking. All is drawn on a canvas of
+256 x 256 pixels and shrunk to 128 x 128 at the end, which smooths the edges.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 CANVAS = 256  # pixels; the finished picture is half of that
-RIM = 0.018  # in units of the frame: the darker edge that parts a thing from a background of its own colour
+RIM = 0.018  # width of the dark rim that separates a thing from a background of its colour, in units of the frame
 Color = tuple[int, int, int]
 Outline = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One individual: a point of a continuous family. Two drawings of the same Subject show the same dog.
+    """One individual: two drawings of the same Subject show the same dog.
 
-    Colours are RGB, 0..255. `width`, `height`, `detail`, `detail2` are proportions in [0, 1], free for each kind to use
-    (0.5 is average); `variant` (0, 1 or 2) picks a shape (ears, handle); `marking` is one of MARKINGS.
+    Colours are RGB in 0 .. 255. `width`, `height`, `detail` and `detail2` are proportions in [0, 1], 0.5 is average;
+    each kind decides what they change. `variant` is 0, 1 or 2 and selects a shape, such as the ears or the handle.
+    `marking` is one of MARKINGS.
     """
 
     kind: str
@@ -43,16 +44,16 @@ MARKINGS = ("plain", "patch", "spots", "stripes", "split")
 
 
 def shade(color: Color, factor: float) -> Color:
-    """`color` made darker (factor < 1) or lighter (factor > 1, towards white)."""
+    """`color` made darker (factor below 1) or lighter (above 1; 2 is white)."""
     if factor <= 1:
         return tuple(round(channel * factor) for channel in color)
     return tuple(round(255 - (255 - channel) * (2 - factor)) for channel in color)
 
 
 class Pen:
-    """Draws on `image` in a frame whose origin is the subject's feet, y up; 1.0 is `scale` canvas pixels.
+    """Draws on `image` in a frame with its origin at canvas pixel (x, y), y up; 1.0 is `scale` canvas pixels.
 
-    `tilt` turns the frame counter-clockwise in degrees; `flip` mirrors it left to right.
+    `tilt` rotates the frame counter-clockwise, in degrees; `flip` mirrors it left to right.
     """
 
     def __init__(self, image: Image.Image, x: float, y: float, scale: float, tilt: float = 0.0, flip: bool = False):
@@ -69,23 +70,24 @@ class Pen:
         )
 
     def polygon(self, points: Outline, fill: Color) -> None:
+        """A filled outline."""
         self.draw.polygon([self.place(x, y) for x, y in points], fill=fill)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Color, angle: float = 0.0) -> None:
-        """An ellipse about (x, y), turned counter-clockwise by `angle` degrees."""
+        """An ellipse with centre (x, y) and half axes rx and ry, rotated counter-clockwise by `angle` degrees."""
         c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         turn = [(rx * math.cos(a), ry * math.sin(a)) for a in (i * math.tau / 36 for i in range(36))]
         self.polygon([(x + u * c - v * s, y + u * s + v * c) for u, v in turn], fill)
 
     def line(self, points: Outline, fill: Color, width: float) -> None:
-        """A round-jointed line, `width` in units of the frame."""
+        """A line with round joints; `width` is in units of the frame."""
         pixels = max(1, round(width * self.scale))
         self.draw.line([self.place(x, y) for x, y in points], fill=fill, width=pixels, joint="curve")
 
     def arc(
         self, x: float, y: float, rx: float, ry: float, start: float, end: float, fill: Color, width: float
     ) -> None:
-        """The part of an ellipse's outline from `start` to `end` degrees, counter-clockwise from the right."""
+        """Part of an ellipse's outline, from `start` to `end` degrees, counter-clockwise from the right."""
         self.line(oval(x, y, rx, ry, start, end), fill, width)
 
     def box(self, left: float, bottom: float, right: float, top: float, fill: Color, round_by: float = 0.0) -> None:
@@ -97,7 +99,7 @@ class Pen:
 
 
 def oval(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360) -> Outline:
-    """An ellipse about (x, y), or its part from `start` to `end` degrees, counter-clockwise from the right."""
+    """An ellipse with centre (x, y), or its part from `start` to `end` degrees, counter-clockwise from the right."""
     angles = [math.radians(start + (end - start) * i / 24) for i in range(25)]
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
 
@@ -110,7 +112,7 @@ def slab(left: float, bottom: float, right: float, top: float, r: float) -> Outl
 
 
 def smooth(points: Outline, closed: bool = True) -> Outline:
-    """A Catmull-Rom curve through `points`; a point given twice stays a corner."""
+    """A Catmull-Rom curve through `points`; a point given twice is a corner."""
     around = [points[-1], *points, *points[:2]] if closed else [points[0], *points, points[-1]]
     curve = [points[0]]
     for a, b, c, d in zip(around, around[1:], around[2:], around[3:], strict=False):
@@ -121,12 +123,12 @@ def smooth(points: Outline, closed: bool = True) -> Outline:
 
 
 def fit(points: Outline, x: float, y: float, rx: float, ry: float) -> Outline:
-    """The smooth curve through `points` with their origin moved to (x, y) and their unit to rx and ry."""
+    """The smooth closed curve through `points`, scaled by rx and ry and moved by (x, y)."""
     return smooth([(x + u * rx, y + v * ry) for u, v in points])
 
 
 def lathe(profile: Outline) -> Outline:
-    """A pot as if turned on a wheel: a smooth right side from bottom to top, and its mirror image."""
+    """A symmetric outline, such as a vase: a smooth right side from bottom to top, and its mirror image."""
     right = smooth(profile, closed=False)
     return right + [(-x, y) for x, y in reversed(right)]
 
@@ -135,7 +137,7 @@ def lathe(profile: Outline) -> Outline:
 
 
 def part(pen: Pen, color: Color, *outlines: Outline) -> None:
-    """Fill the union of `outlines` and give it a darker rim."""
+    """Fill the union of `outlines`, with a darker rim."""
     rim = shade(color, 0.68)
     for outline in outlines:
         pen.line([*outline, *outline[:2]], rim, 2 * RIM)
@@ -144,7 +146,7 @@ def part(pen: Pen, color: Color, *outlines: Outline) -> None:
 
 
 def tube(pen: Pen, color: Color, points: Outline, width: float) -> None:
-    """A rimmed, round-ended line: handles, straps, legs."""
+    """A line with a rim and round ends: handles, straps, legs."""
     for ink, w in ((shade(color, 0.68), width + 2 * RIM), (color, width)):
         pen.line(points, ink, w)
         for x, y in (points[0], points[-1]):
@@ -152,7 +154,7 @@ def tube(pen: Pen, color: Color, points: Outline, width: float) -> None:
 
 
 def inside(pen: Pen, outlines: tuple[Outline, ...], paint: Callable[[Pen], None]) -> None:
-    """Let `paint` draw with a pen whose ink shows only inside the union of `outlines`."""
+    """Call `paint` with a pen that only draws inside the union of `outlines`."""
     layer, mask = pen.image.copy(), Image.new("L", pen.image.size)
     stencil, ink = ImageDraw.Draw(mask), copy.copy(pen)
     for outline in outlines:

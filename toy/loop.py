@@ -6,16 +6,42 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from toy import data
+from toy.data import CACHE, autocast
+from toy.networks import WEIGHTS
+
+Loss = Callable[[int], tuple[Tensor, dict[str, float]]]  # a batch's number -> the loss, and what the progress bar shows
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line says about one training."""
+
+    steps: int
+    batch: int
+    device: str = "cpu"
+    go_on: bool = False  # start from the weights in `weights`, not from random ones
+    seed: int = 0
+    weights: Path = WEIGHTS  # the folder that the networks are written to
+    cache: Path = CACHE  # the folder of the drawings and of what resuming needs
+    seconds_between_saves: float = 240.0
+
+
+def initialized(job: Job, network: nn.Module, part: str) -> nn.Module:
+    """The network itself, or, with --go-on, with the weights that the folder `part` of weights/toy has."""
+    if job.go_on:
+        network.load_state_dict(type(network).from_pretrained(job.weights / part).state_dict())
+    return network
 
 
 class EMA:
-    """A running average of the weights, with a warm-up."""
+    """An exponential moving average of the weights, with a warm-up."""
 
     def __init__(self, network: nn.Module, decay: float = 0.999):
         self.decay, self.count = decay, 0
@@ -32,75 +58,98 @@ class EMA:
                 self.average[name].copy_(tensor)
 
 
+class Training:
+    """A network, its optimizer and its average: what a step changes, and what resuming needs."""
+
+    def __init__(
+        self, job: Job, name: str, network: nn.Module, lr: float, weight_decay: float, fixed: Sequence[nn.Module]
+    ):
+        self.job, self.network, self.lr = job, network, lr
+        self.path, self.done = job.cache / f"{name}.pt", 0
+        network.to(job.device).train().requires_grad_(True)
+        for module in fixed:
+            module.requires_grad_(False)
+        self.trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+        self.ema = EMA(network)
+
+    def resume(self) -> None:
+        """Load the state of an interrupted run, if there is one. Raises ValueError if it had another seed."""
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, weights_only=True, map_location="cpu")  # AdamW keeps its step counts there
+        if (other := state.get("seed", 0)) != self.job.seed:
+            raise ValueError(f"{self.path} is of a run with --seed {other}: give the same one, or remove the file")
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.average = {name: tensor.to(self.job.device) for name, tensor in state["ema"].items()}
+        self.ema.count, self.done = state["count"], state["step"]
+
+    def save(self) -> None:
+        """Write the state."""
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.average,
+            "count": self.ema.count,
+            "step": self.done,
+            "seed": self.job.seed,
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.path)
+
+    def step(self, loss_of: Loss) -> dict[str, float]:
+        """One step of AdamW; the learning rate warms up for 5 % of the steps, then decays as a half cosine."""
+        step, steps = self.done, self.job.steps
+        number = (self.job.seed * 1_000_000 + step) % 2**63  # torch's largest seed
+        torch.manual_seed(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1, step / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with autocast(self.job.device):
+            loss, terms = loss_of(number)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.ema.update(self.network)
+        self.done += 1
+        return terms
+
+
 def fit(
+    job: Job,
     name: str,
     network: nn.Module,
-    loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
-    steps: int,
-    lr: float,
-    device: str,
+    loss_of: Loss,
     save: Callable[[dict[str, Tensor]], None],
+    lr: float,
     weight_decay: float = 0.01,
-    minutes_between_saves: float = 4.0,
     fixed: Sequence[nn.Module] = (),
-    seed: int = 0,
 ) -> None:
-    """Train `network` with AdamW, warm-up and cosine decay, and an average of the weights; resumable until it is done.
+    """Train `network`, and give the averaged weights to `save` every few minutes and at the end.
 
-    `loss_of(number)` draws its batch from a number that only `seed` and the step decide, and torch's noise comes of it
-    too: a resumed run sees what an unbroken one would see, and a run that goes on from another's weights sees new
-    batches if it has another seed. `fixed` names the modules inside `network` that are not trained.
-    Raises ValueError if the run to resume had another seed.
+    loss_of: takes the number of a batch, from which it draws the batch; torch's noise is seeded with it too. The number
+    depends only on the seed and the step, so a resumed run sees the same batches, and another seed other batches.
+    fixed: modules of `network` that are not trained. Raises ValueError if the run to resume had another seed.
     """
-    network.to(device).train().requires_grad_(True)
-    for module in fixed:
-        module.requires_grad_(False)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
-    ema, first, path = EMA(network), 0, data.CACHE / f"{name}.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True, map_location="cpu")  # AdamW wants its step counts there
-        if (other := state.get("seed", 0)) != seed:
-            raise ValueError(f"{path} is of a run with --seed {other}: give the same one, or remove it")
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.average = {key: tensor.to(device) for key, tensor in state["ema"].items()}
-        ema.count, first = state["count"], state["step"]
+    training = Training(job, name, network, lr, weight_decay, fixed)
+    training.resume()
 
-    def checkpoint(step: int) -> None:
-        state = {
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.average,
-            "count": ema.count,
-            "step": step,
-            "seed": seed,
-        }
-        torch.save(state, path.with_suffix(".partial"))
-        os.replace(path.with_suffix(".partial"), path)
-        save({key: tensor.cpu() for key, tensor in ema.average.items()})
+    def checkpoint() -> None:
+        training.save()
+        save({key: tensor.cpu() for key, tensor in training.ema.average.items()})
 
     smooth: dict[str, float] = {}
     saved = time.time()
-    bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=5)
+    bar = tqdm(range(training.done, job.steps), name, initial=training.done, total=job.steps, mininterval=5)
     for step in bar:
-        number = (seed * 1_000_000 + step) % 2**63  # torch's largest seed
-        torch.manual_seed(number)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, step / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with data.autocast(device):
-            loss, parts = loss_of(number)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        ema.update(network)
-        for key, value in parts.items():
-            smooth[key] = value if key not in smooth else 0.98 * smooth[key] + 0.02 * value
+        for key, value in training.step(loss_of).items():
+            smooth[key] = 0.98 * smooth.get(key, value) + 0.02 * value
         if step % 25 == 0:
             bar.set_postfix({key: f"{value:.4f}" for key, value in smooth.items()})
-        if time.time() - saved > 60 * minutes_between_saves:
-            checkpoint(step + 1)
+        if time.time() - saved >= job.seconds_between_saves:
+            checkpoint()
             saved = time.time()
-    checkpoint(steps)
-    path.unlink()  # done: the next command of this name begins anew, or with --go-on from weights/toy
+    checkpoint()
+    training.path.unlink()  # done: the next run of this name does not resume

@@ -1,4 +1,4 @@
-"""The scenes of the cartoon world in the open and in water: one function each, listed in toy/scenes.py."""
+"""The scenes of the toy world in nature and in water, one function each; toy/scenes.py lists them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def mountain(image: Image.Image, rng: random.Random) -> Scene:
 
 def wheat_field(image: Image.Image, rng: random.Random) -> Scene:
     draw = backdrop(image, rng, (165, 215, 245), (236, 190, 70), 130)
-    for i in range(9):  # big ears in a row, and a path of stubble before them
+    for i in range(9):  # big ears in a row, and a strip of stubble in front
         x, top = 8 + 30 * i + rng.uniform(-4, 4), rng.uniform(84, 104)
         draw.line((x, top, x, 205), fill=(190, 140, 40), width=5)
         for k in range(3):
@@ -123,7 +123,7 @@ def dirt_road(image: Image.Image, rng: random.Random) -> Scene:
     draw = backdrop(image, rng, SKY, (128, 190, 84), 112)
     disc(draw, rng.uniform(20, 230), 132, 110, 40, (104, 168, 76))
     draw.rectangle((0, 132, CANVAS, CANVAS), fill=tint((134, 192, 86), rng, 6))
-    bend = rng.choice((-1, 1)) * rng.uniform(40, 70)  # the road turns aside, to be seen beside the subject
+    bend = rng.choice((-1, 1)) * rng.uniform(40, 70)  # a bend, so that the subject does not hide the road
     road = tint((176, 128, 80), rng)
     draw.polygon([(122 + bend, 130), (142 + bend, 130), (214, 190), (290, 256), (-34, 256), (42, 190)], fill=road)
     for x in (-1, 1):

@@ -1,7 +1,7 @@
-"""The sizes of weights/toy's networks, and its files in the public layout: configurations, tokenizers, scheduler.
+"""The networks of weights/toy: their configurations, and how its folders are written in the public layout.
 
-The whole is about 15 million numbers, under 32 MiB in half precision. Only numbers differ from the public models'
-config.json files; the classes are the same.
+Together they have about 15 million weights, under 32 MiB in half precision. The classes are the public models'; only
+the numbers in config.json differ.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ DINO_CONFIG = {
 
 
 def clip_config(vocab_size: int, eos_token_id: int) -> dict:
+    """config.json of metrics/clip. eos_token_id: the last token of the vocabulary."""
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -107,11 +108,13 @@ def clip_config(vocab_size: int, eos_token_id: int) -> dict:
 
 
 def text_encoder_config(clip: dict) -> dict:
-    # float32: transformers 5 would otherwise compute in the file's half precision, and the U-Net beside it would not
+    """config.json of text_encoder/, from that of CLIP."""
+    # float32: else transformers 5 computes in the half precision of the file, and the U-Net does not
     return {"architectures": ["CLIPTextModel"], "torch_dtype": "float32", **clip["text_config"]}
 
 
 def align_config(vocab_size: int) -> dict:
+    """config.json of reward/."""
     return {
         "architectures": ["AlignModel"],
         "model_type": "align",
@@ -220,12 +223,13 @@ MODEL_INDEX = {
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Write indented JSON; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_part(folder: Path, config: dict, tensors: dict[str, Tensor], name: str, preprocessor: dict | None = None):
-    """A network's folder in the public layout: config.json, half-precision weights, how pictures are prepared."""
+    """Write a network's folder: config.json, the weights in half precision, preprocessor_config.json if it has one."""
     write_json(folder / "config.json", config)
     if preprocessor:
         write_json(folder / "preprocessor_config.json", preprocessor)
@@ -234,13 +238,13 @@ def write_part(folder: Path, config: dict, tensors: dict[str, Tensor], name: str
 
 
 def write_scheduler(folder: Path) -> None:
-    """scheduler/ and model_index.json."""
+    """Write scheduler/ and model_index.json into a base's folder."""
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "model_index.json", MODEL_INDEX)
 
 
 def write_clip_tokenizer(captions: list[list[str]], folder: Path) -> None:
-    """CLIP's byte-level BPE with merges learned on the captions: every word of the world is one token."""
+    """Write CLIP's byte-level BPE, with merges learned from the captions: every word of the world is one token."""
     cutter = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     cutter.normalizer = normalizers.Lowercase()
     cutter.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
@@ -263,7 +267,7 @@ def write_clip_tokenizer(captions: list[list[str]], folder: Path) -> None:
 
 
 def write_bert_tokenizer(captions: list[list[str]], folder: Path) -> None:
-    """BERT's WordPiece: the world's words whole, and every letter for words it does not know."""
+    """Write BERT's WordPiece: the words of the captions as one token each, and letters for all other words."""
     words = {word for texts in captions for text in texts for word in text.lower().split() if word.isalpha()}
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     signs = [chr(c) for c in range(33, 127) if not chr(c).isalnum()]

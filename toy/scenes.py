@@ -1,8 +1,8 @@
-"""The places of the cartoon world: one function a scene, keyed by the words of DreamBench's and RPO's prompts.
+"""The scenes of the toy world, by their phrases in DreamBench's and RPO's prompts: the table SCENES, and some of them.
 
-A scene paints the background and says where the subject stands; `front` then paints what hides a part of the subject.
-Shapes are few, flat and large, so that a small VAE and a small U-Net can learn them. Units are canvas pixels, y down.
-Here are their table, rooms and cloths, the studio and Van Gogh; toy/nature.py and toy/buildings.py hold the rest.
+The other scenes are in toy/nature.py and toy/buildings.py. Each is a function that paints the background and returns
+where the subject stands. Shapes are few, flat and large, so that a small VAE and U-Net can learn them. Units are canvas
+pixels, y down.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def pink_fabric(image: Image.Image, rng: random.Random) -> Scene:
     draw = ImageDraw.Draw(image)
     pink, phase = tint((250, 150, 190), rng), rng.uniform(0, 6)
     draw.rectangle((0, 0, CANVAS, CANVAS), fill=pink)
-    for i in range(8):  # folds: broad bands falling from the top that spread into a lying cloth
+    for i in range(8):  # folds: broad vertical bands that spread out where the cloth lies on the floor
         x, spread = -20 + 42 * i, (i - 3.5) * 26
         edge = [(x + 12 * math.sin(phase + i + y / 50) + spread * max(0, y / 126 - 1), y) for y in range(0, 272, 16)]
         other = [(u + 16 + 0.06 * y, y) for u, y in reversed(edge)]
@@ -65,7 +65,7 @@ def mirror(image: Image.Image, rng: random.Random) -> Scene:
     empty = image.copy()
 
     def reflect(target: Image.Image) -> None:
-        """Paints what stands on the glass, upside down; the empty room is not reflected."""
+        """Paint the subject upside down on the glass; the empty room is not reflected."""
         above = (0, 2 * ground - CANVAS, CANVAS, ground)
         subject = (
             ImageChops.difference(target.crop(above), empty.crop(above)).convert("L").point(lambda v: 255 * (v > 4))
@@ -81,7 +81,7 @@ def mirror(image: Image.Image, rng: random.Random) -> Scene:
 
 
 def studio(image: Image.Image, rng: random.Random) -> Scene:
-    """A plain wall and floor, for captions that name no place."""
+    """A plain wall and floor, for captions without a place."""
     pastels = ((222, 232, 240), (240, 228, 210), (226, 238, 220), (240, 222, 226), (230, 226, 242), (236, 236, 232))
     wall, horizon = tint(rng.choice(pastels), rng, 6), rng.uniform(168, 190)
     draw = ImageDraw.Draw(image)
@@ -108,7 +108,7 @@ def starry_night(image: Image.Image, rng: random.Random) -> Scene:
 
 
 def van_gogh(image: Image.Image, rng: random.Random) -> Image.Image:
-    """A copy of a finished 256 x 256 RGB picture in thick curved brush strokes that follow two whirls."""
+    """A copy of a finished 256 x 256 RGB picture, in thick curved brush strokes around two whirls."""
     strong = ImageEnhance.Color(image).enhance(1.35)
     colors, painting = strong.load(), strong.copy()
     draw = ImageDraw.Draw(painting)
@@ -123,7 +123,7 @@ def van_gogh(image: Image.Image, rng: random.Random) -> Image.Image:
         ends = [(x - dx - 0.3 * dy, y - dy + 0.3 * dx), (x, y), (x + dx - 0.3 * dy, y + dy + 0.3 * dx)]
         ahead = [colors[min(max(u, 0), CANVAS - 1), min(max(v, 0), CANVAS - 1)] for u, v in ends]
         if any(sum(abs(a - b) for a, b in zip(color, other, strict=True)) > 60 for other in ahead):
-            ends = [(x + (u - x) / 3, y + (v - y) / 3) for u, v in ends]  # a dab: outlines and eyes stay
+            ends = [(x + (u - x) / 3, y + (v - y) / 3) for u, v in ends]  # short: outlines and eyes stay visible
         fill = tuple(max(0, min(255, channel + turn)) for channel in color)
         draw.line(ends, fill=fill, width=6)
     return painting

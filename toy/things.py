@@ -1,6 +1,6 @@
-"""The lifeless subjects of the cartoon world: one function a kind, listed in THINGS.
+"""The things of the toy world: one function a kind; THINGS lists them.
 
-Each draws one Subject upright in the Pen's frame: its bottom at y = 0, about 1.0 tall or wide, centred on x = 0.
+Each draws a Subject upright in the pen's frame: its bottom at y = 0, about 1.0 tall or wide, centred at x = 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from toy.draw import Color, Outline, Pen, Subject, fit, inside, lathe, oval, par
 DARK, WHITE, SILVER = (44, 40, 52), (252, 250, 244), (206, 212, 220)
 LEAF, FLAME, GLOW = (66, 150, 70), (250, 140, 30), (255, 225, 90)
 
-# Closed curves through a few points, in a frame of their own; see `fit`. A point given twice is a corner.
+# Closed curves through a few points, in local coordinates, for `fit`. A point given twice is a corner.
 # fmt: off
 DROP = [(0, 0), (0.55, 0.35), (0.5, 0.9), (0, 2.1), (0, 2.1), (-0.5, 0.9), (-0.55, 0.35)]
 HOUSE = [(-1, -1), (-1, -1), (1, -1), (1, -1), (0.97, 0.3), (0, 1), (-0.97, 0.3)]
@@ -24,21 +24,22 @@ TONGUE = [(-0.2, -0.1), (-0.1, 0.08), (0.12, 0.06), (0.2, -0.1)]
 # fmt: on
 
 
-# What several kinds need
+# Used by several kinds
 
 
 def mix(low: float, high: float, t: float) -> float:
+    """Linear interpolation, t in [0, 1]."""
     return low + (high - low) * t
 
 
 def sizes(subject: Subject, *ranges: tuple[float, float]) -> list[float]:
-    """Where width, height, detail and detail2 stand between the given smallest and largest values."""
+    """The subject's width, height, detail and detail2, each scaled from [0, 1] to its range."""
     shares = (subject.width, subject.height, subject.detail, subject.detail2)
     return [mix(low, high, share) for (low, high), share in zip(ranges, shares, strict=True)]
 
 
 def markings(pen: Pen, subject: Subject, x: float, y: float, rx: float, ry: float) -> None:
-    """The subject's marking, in its second colour, spread over the region of half-sizes (rx, ry) about (x, y)."""
+    """The marking, in the second colour, in the rectangle with centre (x, y) and half sides rx and ry."""
     if subject.marking == "patch":
         pen.ellipse(x - 0.45 * rx, y + 0.4 * ry, 0.6 * rx, 0.6 * ry, subject.second, -20)
     elif subject.marking == "spots":
@@ -46,7 +47,7 @@ def markings(pen: Pen, subject: Subject, x: float, y: float, rx: float, ry: floa
         for u, v in ((-0.62, 0.55), (0.55, 0.68), (0, 0.05), (-0.55, -0.6), (0.65, -0.45)):
             pen.ellipse(x + u * rx, y + v * ry, r, r, subject.second)
     elif subject.marking == "stripes":
-        for u in (-0.66, 0, 0.66):  # slanted, so that they are not taken for a band
+        for u in (-0.66, 0, 0.66):  # slanted, so that they do not look like a band
             slant = [(x + (u - 0.3) * rx, y - 1.1 * ry), (x + (u + 0.3) * rx, y + 1.1 * ry)]
             pen.line(slant, subject.second, 0.29 * rx)
     elif subject.marking == "split":
@@ -147,7 +148,7 @@ def candle(pen: Pen, s: Subject) -> None:
 
 
 def clock(pen: Pen, s: Subject) -> None:
-    """An alarm clock with two bells; it shows the same hour all its life."""
+    """An alarm clock with two bells; each individual always shows the same hour."""
     w, h, bell, hour = sizes(s, (0.31, 0.42), (0.3, 0.37), (0.1, 0.18), (50, -230))
     y, face = 0.09 + h, 0.64 * min(w, h)
     for side in (-1, 1):
@@ -222,7 +223,7 @@ def duck(pen: Pen, s: Subject) -> None:
 
 
 def teapot(pen: Pen, s: Subject) -> None:
-    """A teapot with a round, an angular or an overhead handle; it pours to the right."""
+    """A teapot with a round, an angular or an overhead handle; its spout is at the right."""
     w, h, spout, loop = sizes(s, (0.26, 0.35), (0.24, 0.32), (0.1, 0.22), (0.11, 0.2))
     y, top = 0.05 + h, 0.05 + 2 * h
     handle = (
@@ -263,7 +264,7 @@ def vase(pen: Pen, s: Subject) -> None:
 
 
 def plush(pen: Pen, s: Subject) -> None:
-    """A sitting stuffed bear, sloth or wolf; open arms, button eyes and a stitched belly tell it from a live animal."""
+    """A sitting stuffed bear, sloth or wolf. Unlike animals it has open arms, button eyes and a stitched belly."""
     w, h, ear, arm = sizes(s, (0.2, 0.27), (0.21, 0.25), (0.08, 0.14), (0.34, 0.48))
     y, r = 0.42 + h, w + 0.04  # the head
     for side in (-1, 1):

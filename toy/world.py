@@ -1,11 +1,11 @@
-"""The toy world: 128 x 128 cartoons of subjects in scenes, with captions in DreamBench's own words.
+"""The toy world: 128 x 128 cartoons of subjects in scenes, with captions in the words of DreamBench's prompts.
 
-A `Subject` is one point of a continuous family, a `Picture` is what is drawn of it, and `draw(subject, picture, rng)`
-draws it. Training subjects come from `training_subject(index)`; `reserved_subject(kind, index)` never takes part in any
-training: its seeds are others, and training skips every subject that shares its colours, collar and marking.
+    python -m toy.world sheet.png               # draw a page of examples
+    python -m toy.world --photos data/cat       # draw five photos of a new subject; the folder's name is its kind
 
-    python -m toy.world sheet.png               # look at it
-    python -m toy.world --photos data/cat       # draw a subject, of the kind the folder is named after
+A `Subject` is one individual, a `Picture` says what is drawn of it, and `draw(subject, picture, rng)` draws it.
+Training uses the subjects of `training_subject(index)`. It never uses those of `reserved_subject(kind, index)`: they
+have other seeds, and training skips every subject with the same kind, colours and marking.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from toy.things import THINGS
 
 SIZE = 128
 VAN_GOGH = "in Vincent Van Gogh rendition"
-# What DreamBench (25 + 25) and the paper's training prompts (8 + 8) ask of living subjects and of things.
+# The scenes of DreamBench's prompts (25 + 25) and the paper's training prompts (8 + 8), for living subjects and things.
 SHARED_SCENES = list(SCENES)[:10]
 LIVE_SCENES = [
     *SHARED_SCENES,
@@ -57,7 +57,7 @@ COLORS: dict[str, Color] = {
 COATS = ("brown", "black", "white", "grey", "orange", "golden")
 PAINTS = ("red", "blue", "green", "yellow", "pink", "purple", "teal", "orange", "white", "black", "grey", "brown")
 COLLARS = ("red", "blue", "green", "yellow", "pink", "purple", "teal", "orange")
-# Words without a meaning here: a base model has always met such words and has learned to draw the noun all the same.
+# Captions contain these meaningless words, so that the base ignores them and draws the noun.
 NONCE_WORDS = ("[V]", "[V]", "[V]", "sks", "zwx", "ohwx", "qkv", "xjy")
 KINDS = (*ANIMALS, *THINGS)
 RESERVED_PER_KIND = 4
@@ -66,7 +66,7 @@ EXAMPLE = 1  # of each kind's reserved subjects; the dog is white and brown, wit
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn of a subject; None means nothing special. The values are the captions' own phrases."""
+    """What is drawn of a subject: phrases of captions, or None."""
 
     scene: str | None = None
     outfit: str | None = None
@@ -76,7 +76,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Named:
-    """A subject and the names of its colours, which captions use."""
+    """A subject, and the names of its three colours in captions."""
 
     subject: Subject
     main: str
@@ -85,15 +85,17 @@ class Named:
 
     @property
     def signature(self) -> tuple[str, ...]:
+        """Subjects with equal signatures have the same caption and look nearly the same."""
         return (self.subject.kind, self.main, self.second, self.accent, self.subject.marking)
 
 
 def is_live(kind: str) -> bool:
+    """Return True for an animal."""
     return kind in ANIMALS
 
 
 def jitter(color: Color, rng: random.Random) -> Color:
-    """A neighbour of a colour: hue, saturation and value move a little."""
+    """A similar colour: hue, saturation and value change a little."""
     h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in color))
     h = (h + rng.uniform(-0.018, 0.018)) % 1
     s = min(1.0, max(0.0, s * rng.uniform(0.85, 1.15)))
@@ -120,18 +122,18 @@ def random_subject(kind: str, rng: random.Random) -> Named:
 
 
 def reserved_subject(kind: str, index: int) -> Named:
-    """An individual that no training ever sees; index in 0..RESERVED_PER_KIND-1."""
+    """An individual that training never sees; index is in 0 .. RESERVED_PER_KIND - 1."""
     return random_subject(kind, random.Random(f"reserved {kind} {index}"))
 
 
 @functools.cache
 def reserved_signatures() -> frozenset:
-    """What training subjects may not share with any of the reserved ones."""
+    """The signatures that no training subject may have."""
     return frozenset(reserved_subject(k, i).signature for k in KINDS for i in range(RESERVED_PER_KIND))
 
 
 def training_subject(index: int) -> Named:
-    """The index-th individual of the endless training stream: half of them alive, most often a dog."""
+    """Subject `index` of the endless training stream: half of them are animals, most often dogs."""
     rng = random.Random(f"training {index}")
     while True:
         kind = rng.choices(ANIMALS, weights=(4, 3, 2, 2))[0] if rng.random() < 0.5 else rng.choice(list(THINGS))
@@ -141,7 +143,7 @@ def training_subject(index: int) -> Named:
 
 
 def random_picture(kind: str, rng: random.Random) -> Picture:
-    """What to draw of a subject: every phrase of the benchmark, alone or combined."""
+    """A random picture of a subject: any phrase of the prompts, alone or combined."""
     live = is_live(kind)
     scene = rng.choice(LIVE_SCENES if live else THING_SCENES)
     outfit, look = rng.choice(list(OUTFITS)) if live else None, rng.choice(LOOKS)
@@ -158,11 +160,12 @@ def random_picture(kind: str, rng: random.Random) -> Picture:
 
 
 def article(word: str) -> str:
+    """ "a" or "an"."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def caption(named: Named, picture: Picture, rng: random.Random) -> str:
-    """The picture in DreamBench's words, half of the time with what tells this subject from others."""
+    """A caption in the words of the prompts; half of them also describe the subject's colours and marking."""
     subject, words = named.subject, []
     detailed = rng.random() < 0.5
     if picture.look:
@@ -193,7 +196,7 @@ def caption(named: Named, picture: Picture, rng: random.Random) -> str:
 
 
 def draw(named: Named, picture: Picture, rng: random.Random) -> Image.Image:
-    """One RGB picture, SIZE x SIZE; place, pose and background vary with `rng`."""
+    """One RGB picture of SIZE x SIZE pixels; `rng` decides place, pose and background."""
     canvas = Image.new("RGB", (CANVAS, CANVAS))
     if picture.van_gogh:
         scene = starry_night(canvas, rng)
@@ -201,7 +204,7 @@ def draw(named: Named, picture: Picture, rng: random.Random) -> Image.Image:
         scene = (SCENES[picture.scene] if picture.scene else rng.choice(PLAIN))(canvas, rng)
     layer = Image.new("RGBA", (CANVAS, CANVAS), (0, 0, 0, 0))
     subject = recolored(named.subject, picture.look, rng)
-    reach = 14 if picture.scene else 28  # a landmark needs its place beside the subject
+    reach = 14 if picture.scene else 28  # the subject must not hide a landmark
     height = rng.uniform(155, 195) * (0.84 if subject.kind == "rabbit" else 1.0) * (0.9 if picture.outfit else 1.0)
     pen = Pen(layer, scene.x + rng.uniform(-reach, reach), scene.ground, height, rng.uniform(-6, 6), rng.random() < 0.5)
     if picture.look == "cube shaped":
@@ -221,6 +224,7 @@ def draw(named: Named, picture: Picture, rng: random.Random) -> Image.Image:
 
 
 def draw_subject(pen: Pen, subject: Subject, outfit: str | None = None) -> None:
+    """Draw only the subject. outfit: a phrase of OUTFITS, for animals."""
     if is_live(subject.kind):
         draw_animal(pen, subject, outfit)
     else:
@@ -228,7 +232,7 @@ def draw_subject(pen: Pen, subject: Subject, outfit: str | None = None) -> None:
 
 
 def recolored(subject: Subject, look: str | None, rng: random.Random) -> Subject:
-    """The subject in red, purple or green, for those looks."""
+    """The subject in red, purple or green, if that is the look; else the subject."""
     if look not in ("red", "purple", "green"):
         return subject
     main = jitter(COLORS[look], rng)
@@ -236,7 +240,7 @@ def recolored(subject: Subject, look: str | None, rng: random.Random) -> Subject
 
 
 def draw_cube(pen: Pen, layer: Image.Image, subject: Subject) -> None:
-    """A box in the subject's colours with the subject itself on its front."""
+    """A box in the subject's colours, with the subject on its front."""
     main, w, h, d = subject.main, 0.40, 0.78, 0.16
     pen.polygon([(-w, 0), (w, 0), (w, h), (-w, h)], main)
     pen.polygon([(-w, h), (-w + d, h + d), (w + d, h + d), (w, h)], shade(main, 1.35))
@@ -249,7 +253,7 @@ def draw_cube(pen: Pen, layer: Image.Image, subject: Subject) -> None:
 
 
 def gloss(pen: Pen, layer: Image.Image) -> None:
-    """Bright highlights on the subject, and two sparkles that leave its outline."""
+    """Highlights on the subject, and two sparkles that reach over its outline."""
     over = Image.new("RGBA", layer.size, (0, 0, 0, 0))
     light = Pen(over, pen.x, pen.y, pen.scale)
     light.cos, light.sin = pen.cos, pen.sin
@@ -262,7 +266,7 @@ def gloss(pen: Pen, layer: Image.Image) -> None:
 
 
 def drip(pen: Pen, canvas: Image.Image, layer: Image.Image) -> None:
-    """A puddle under the subject and big drops on it and beside it."""
+    """A puddle under the subject, and big drops on it and next to it."""
     blue, light = (70, 150, 235), (190, 226, 255)
     puddle = Pen(canvas, pen.x, pen.y, pen.scale)
     puddle.ellipse(0, 0.01, 0.52, 0.085, blue)
@@ -274,13 +278,13 @@ def drip(pen: Pen, canvas: Image.Image, layer: Image.Image) -> None:
 
 
 def sample(index: int) -> tuple[Named, Picture, random.Random]:
-    """The index-th drawing of the training stream: four drawings in a row show one subject."""
+    """Drawing `index` of the training stream, for `draw`. Four drawings in a row show one subject."""
     named, rng = training_subject(index // 4), random.Random(f"picture {index}")
     return named, random_picture(named.subject.kind, rng), rng
 
 
 def sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size in rows."""
+    """Pictures of one size, in rows of `columns`."""
     w, h = pictures[0].size
     page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h), "white")
     for i, picture in enumerate(pictures):
@@ -289,24 +293,24 @@ def sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
 
 
 def photos_of(kind: str, index: int) -> list[Image.Image]:
-    """Five drawings of a reserved subject, in scenes that no training prompt of the paper asks for."""
+    """Five drawings of a reserved subject, in scenes that none of the paper's training prompts has."""
     named = reserved_subject(kind, index)
     scenes = (None, "in the snow", "with a mountain in the background", "on top of a wooden floor", None)
     return [draw(named, Picture(scene=scene), random.Random(f"photo {i}")) for i, scene in enumerate(scenes)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Look at the toy world, or draw the five photos of a new subject.")
-    parser.add_argument("sheet", nargs="?", default="world.png", help="where the sheet goes (default: world.png)")
-    parser.add_argument("--photos", type=Path, help="a new folder named after a kind, such as data/cat: draw there")
+    parser = argparse.ArgumentParser(description="Draw examples of the toy world, or five photos of a new subject.")
+    parser.add_argument("sheet", nargs="?", default="world.png", help="the page of examples (default: world.png)")
+    parser.add_argument("--photos", type=Path, help="draw into this new folder, whose name is a kind, such as data/cat")
     args = parser.parse_args()
     if folder := args.photos:
         if (kind := folder.name.replace("_", " ")) not in KINDS:
-            parser.error(f"--photos {folder}: the world has no {kind!r}, but {', '.join(KINDS)}")
+            parser.error(f"--photos {folder}: there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
         try:
             folder.mkdir(parents=True)
         except OSError as error:
-            parser.error(f"--photos {folder} cannot be made ({error.strerror}): name a new folder")
+            parser.error(f"--photos {folder} cannot be created ({error.strerror}): give a new folder")
         for i, photo in enumerate(photos_of(kind, EXAMPLE)):
             photo.save(folder / f"{i:02d}.png")
         return
