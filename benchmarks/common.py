@@ -1,4 +1,4 @@
-"""What the benchmarks share: one base loaded by both libraries, timing side by side, peak memory, the report."""
+"""What the benchmarks share: the machine, a base loaded by ours and by diffusers, timing, the report."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -19,22 +20,56 @@ import torch
 from model.files.write import write_atomic
 from model.stable_diffusion import StableDiffusion
 from support import flags, memory
+from support.settings import count
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 TITLE = "# Results of the benchmarks\n\nWritten by the commands named, with --write; a section a command and machine.\n"
 HEAD = "| | ours, s | diffusers, s | diffusers / ours |\n|---|---|---|---|"
-MOST_DIFFERENCE = {"cpu": 1e-3, "cuda": 2e-2}  # of outputs of order 1: fp32, and bf16, which keeps three digits
+MOST_DIFFERENCE = {"cpu": 1e-3, "cuda": 2e-2}  # of outputs of order 1: fp32, and bf16, which has three digits
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def add_flags(parser: argparse.ArgumentParser, base: bool = True) -> None:
+    """--device and --write, which all benchmarks have; with `base` also --base and --threads."""
+    add = parser.add_argument
+    if base:
+        add(
+            "--base",
+            type=flags.path,
+            default=flags.EMBEDDED_BASE,
+            help="a base with reward/ and metrics/ in its folder",
+        )
+        add("--threads", type=count, help="on a CPU (default: torch's own)")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    help = "put the tables into this file, in the section of this command and machine (default: benchmarks/RESULTS.md)"
+    add("--write", nargs="?", const=RESULTS, type=flags.path, metavar="FILE", help=help)
+
+
+def finish(measure: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> int:
+    """Call `measure`, and write its report if --write is given; return the exit status."""
+    if getattr(args, "threads", None):
+        torch.set_num_threads(args.threads)
+
+    def work() -> None:
+        report = measure(args)
+        if args.write:
+            report.write(args.write)
+
+    return flags.guarded(work, lambda: "close other programs, or measure a smaller part")
 
 
 # ------------------------------------------------------------------------------------------------------- the machine
 
 
-def machine(device: torch.device) -> str:
-    """What the numbers were measured on: the processor, the threads, torch."""
+def describe(device: torch.device) -> str:
+    """The processor, the threads and torch's version."""
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         threads = torch.get_num_threads()
         name = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
@@ -42,62 +77,68 @@ def machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def device(name: str | None) -> torch.device:
-    """cli.device, of the kinds that can be measured here. Raises ValueError for another."""
+def find_device(name: str | None) -> torch.device:
+    """The device called `name`, or the default. Raises ValueError if nothing can be measured on it."""
     device = flags.device(name)
     if device.type not in MOST_DIFFERENCE or not Path("/proc/self/status").exists():
-        raise ValueError("what can be measured is --device cpu or cuda, on Linux")
+        raise ValueError("the benchmarks need --device cpu or cuda, and Linux")
     return device
 
 
 def resident() -> int:
-    """Bytes that this process has in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    """Bytes of memory that this process uses now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize()
 
 
 def peak() -> int:
-    """The most bytes that this program ever had in memory (getrusage would count the parent's before the exec too)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    """The most bytes of memory that this process has used. (getrusage's value includes the parent's before exec.)"""
+    return _kilobytes("/proc/self/status", "VmHWM") * 1024
 
 
 def peak_memory(device: torch.device) -> tuple[str, int]:
-    """What is counted, and how many bytes: resident memory on a CPU, allocated memory on a GPU."""
+    """What is measured and its peak in bytes: resident memory on a CPU, allocated memory on a GPU."""
     if device.type == "cuda":
         return "allocated on the GPU", torch.cuda.max_memory_allocated(device)
     return "resident", peak()
 
 
-def forget_peak(device: torch.device) -> None:
-    """Let `peak_memory` count from here on."""
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_memory` measure from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # as proc(5) has it
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # see proc(5)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free; on a CPU those that a program can have before the system swaps."""
+    """Free bytes; on a CPU what programs can get before the system swaps."""
     if device.type == "cuda":
         return memory.free_memory(device)
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return _kilobytes("/proc/meminfo", "MemAvailable") * 1024
 
 
-def alone(function, *arguments):
-    """What the function returns, called in a fresh process that ends with it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def _kilobytes(file: str, name: str) -> int:
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def in_new_process(function: Callable, *arguments):
+    """Call the function in a new process, and return its result. Raises MemoryError if the process was killed."""
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool:  # on Linux almost always the out-of-memory killer
+        raise MemoryError(f"the process of {function.__name__} was killed") from None
 
 
 def autocast(device: torch.device):
-    """bf16 on a GPU, fp32 on a CPU: train.py's default."""
+    """train.py's default precision: bf16 on a GPU, fp32 on a CPU."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was started on a GPU."""
+    """Wait until the GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -106,7 +147,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class AsOurs(torch.nn.Module):
-    """diffusers' U-Net, called as ours is."""
+    """diffusers' U-Net with the call signature of ours."""
 
     def __init__(self, unet: torch.nn.Module):
         super().__init__()
@@ -117,7 +158,7 @@ class AsOurs(torch.nn.Module):
 
 
 def libraries():
-    """diffusers and transformers, with all that `pipeline` needs imported: no clock should count that."""
+    """diffusers and transformers. All that `pipeline` needs is imported here, so that no measured time includes it."""
     import diffusers
     import transformers
 
@@ -130,7 +171,7 @@ def libraries():
 
 
 def pipeline(base: Path, device: torch.device, scheduler: str = "DPMSolverMultistepScheduler"):
-    """diffusers' StableDiffusionPipeline of a base folder, in fp32 and frozen, as ours is loaded."""
+    """diffusers' StableDiffusionPipeline of a base folder, frozen and in fp32, as ours is loaded."""
     diffusers, transformers = libraries()
     parts = {
         "vae": diffusers.AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32),
@@ -139,12 +180,10 @@ def pipeline(base: Path, device: torch.device, scheduler: str = "DPMSolverMultis
     }
     for network in parts.values():
         network.requires_grad_(False).eval()
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(base / "tokenizer")
-    steps = getattr(diffusers, scheduler).from_pretrained(base / "scheduler")
     pipe = diffusers.StableDiffusionPipeline(
         **parts,
-        tokenizer=tokenizer,
-        scheduler=steps,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(base / "tokenizer"),
+        scheduler=getattr(diffusers, scheduler).from_pretrained(base / "scheduler"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -154,10 +193,10 @@ def pipeline(base: Path, device: torch.device, scheduler: str = "DPMSolverMultis
 
 
 class Pair:
-    """One base, as ours and as diffusers'.
+    """One base, loaded by us and by diffusers.
 
-    Convolutions can read their maps channel by channel (contiguous, diffusers' default) or place by place
-    (channels_last, ours on a CPU). `layouts` are those worth a row: both in ours, then each in its own default.
+    Convolutions are stored contiguous, diffusers' default, or channels_last, ours on a CPU. `layouts` are diffusers'
+    layouts to measure, by title: first the same as ours, then diffusers' default, if that is another.
     """
 
     def __init__(self, base: Path, device: torch.device):
@@ -168,7 +207,7 @@ class Pair:
         self.layouts["ours channels_last, theirs contiguous" if last else "both contiguous"] = torch.contiguous_format
 
     def set_layout(self, layout: torch.memory_format) -> None:
-        """Of diffusers' networks; ours stay as they are."""
+        """Change the layout of diffusers' networks."""
         self.theirs.unet.to(memory_format=layout)
         self.theirs.vae.to(memory_format=layout)
 
@@ -177,9 +216,9 @@ class Pair:
 
 
 def alternate(ours: Callable, theirs: Callable, repeats: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """Seconds of each call, ours, theirs, ours, theirs, ... after one call of each that is not counted.
+    """Seconds of each call, ours, theirs, ours, theirs, ... after a first call of each that is not counted.
 
-    Taking turns spreads whatever else the machine does over both.
+    Alternating distributes the load of other programs over both.
     """
     seconds = ([], [])
     for i in range(repeats + 1):
@@ -194,20 +233,20 @@ def alternate(ours: Callable, theirs: Callable, repeats: int, device: torch.devi
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
-    """diffusers' median over ours: 1 or more means that we are not slower."""
+    """diffusers' median over ours: above 1 ours is faster."""
     return statistics.median(theirs) / statistics.median(ours)
 
 
 def row(title: str, ours: list[float], theirs: list[float]) -> str:
-    """A line of the table under HEAD: min / median / max of each, and the ratio."""
+    """A line of the table with HEAD: min / median / max of each, and the ratio."""
     cells = (" / ".join(f"{f(side):.3g}" for f in (min, statistics.median, max)) for side in (ours, theirs))
     return f"| {title} | {' | '.join(cells)} | {ratio(ours, theirs):.2f} |"
 
 
 def check_same(ours: torch.Tensor, theirs: torch.Tensor, most: float, what: str) -> None:
-    """Raise ValueError if the two differ by more than `most`: then they do not do the same job, and no time counts.
+    """Raise ValueError if the two differ by more than `most`: then their times cannot be compared.
 
-    At most, or for a GPU's on average: of ten thousand bf16 numbers one differs by more than the rest.
+    On a CPU the largest difference counts. On a GPU the mean: of ten thousand bf16 numbers one may differ by more.
     """
     kind = torch.mean if ours.is_cuda else torch.max
     if ours.shape != theirs.shape or not (difference := kind((ours.float() - theirs.float()).abs()).item()) <= most:
@@ -219,40 +258,22 @@ def check_same(ours: torch.Tensor, theirs: torch.Tensor, most: float, what: str)
 
 
 class Report:
-    """Prints Markdown and keeps it, so that it can take its place in RESULTS.md."""
+    """Prints lines of Markdown and keeps them as a section of RESULTS.md."""
 
     def __init__(self, command: str, device: torch.device):
-        self.heading, self.lines = f"## {command}: {machine(device)}", []
-        self(self.heading)
-        load = f", {os.getloadavg()[0]:.1f} processes busy at the start" if hasattr(os, "getloadavg") else ""
-        self(f"\nMeasured {time.strftime('%Y-%m-%d')}{load}.")
+        self.heading, self.lines = f"{command}: {describe(device)}", []
+        self(f"## {self.heading}")
+        self(f"\nMeasured {time.strftime('%Y-%m-%d')}, {os.getloadavg()[0]:.1f} processes busy at the start.")
 
     def __call__(self, line: str = "") -> None:
         print(line, flush=True)
         self.lines.append(line)
 
-    def write(self) -> None:
-        """Replace the section of this command and machine in RESULTS.md, or add it."""
-        path = RESULTS
+    def write(self, path: Path) -> None:
+        """Replace the section with this heading in the file, or append it."""
         text = path.read_text(encoding="utf-8") if path.exists() else TITLE
         first, *sections = text.split("\n## ")
-        ours = "\n".join(self.lines).removeprefix("## ").strip() + "\n"
-        heading = self.heading.removeprefix("## ")
-        kept = [section for section in sections if section.splitlines()[0] != heading]
-        parts = [first.rstrip() + "\n", *(section.strip() + "\n" for section in (*kept, ours))]
-        write_atomic(path, lambda beside: beside.write_text("\n## ".join(parts), encoding="utf-8"))
-
-
-def finish(measured: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> int:
-    """Measure, and write the report if --write says so; the command's exit status."""
-    try:
-        if getattr(args, "threads", None):
-            torch.set_num_threads(args.threads)
-        report = measured(args)
-        if args.write:
-            report.write()
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        return flags.fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        kept = [section for section in sections if section.splitlines()[0] != self.heading]
+        own = "\n".join(self.lines).removeprefix("## ")
+        text = "\n## ".join(part.strip() + "\n" for part in (first, *kept, own))
+        write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,14 +1,13 @@
-"""How much memory does a training step of Stable Diffusion 1.5 take, in each mode? Run by hand; needs no download.
+"""Memory of a training step of Stable Diffusion 1.5, in four modes.
 
-    python -m benchmarks.memory --device cuda           # 4 modes, some minutes
+    python -m benchmarks.memory --device cuda           # all modes, some minutes
     python -m benchmarks.memory --modes lora full       # some of them; on a CPU in fp32
-    python -m benchmarks.memory --write                 # and put the table into benchmarks/RESULTS.md
+    python -m benchmarks.memory --write                 # also put the table into benchmarks/RESULTS.md
 
-A mode is measured in a process of its own: train.py's run with random weights of the public sizes, ALIGN's too, and
-one pair takes one step, with AdamW's averages in place, as every step but the first finds them. On a GPU the peak of
-loading counts too, and one picture is drawn as well (a validation draws as many at a time as fit). A mode that is
-estimated to need more memory than is free is left out. The targets are for 512 px in bf16, train.py's precision on a
-GPU; a GB is 10^9 bytes.
+Each mode is measured in a new process: a run of train.py, with random weights of the public sizes, ALIGN's too, does
+one step with one pair. AdamW's averages exist already, as in all steps but the first. On a GPU the peak of loading
+counts too, and one picture is generated as well (a validation generates as many at a time as fit). A mode whose
+estimate is above the free memory is left out. The targets are for 512 px in bf16. A GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import contextlib
 import io
 import sys
 import tempfile
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -28,16 +26,14 @@ from benchmarks.full_size import write_sd15
 from benchmarks.phases import DOG, step
 from benchmarks.run import run_of
 from model.align import ALIGN, ALIGNConfig
-from model.files.config import read_json
 from model.files.errors import is_out_of_memory
 from model.stable_diffusion import PRECISIONS, StableDiffusion, recommended
 from support import flags, machine, memory, start
-from support.results import write_json
 from support.settings import count, resolve
 from toy.networks import write_part
 from train import RPO
 
-MODES = {  # train.py's flags, and the most GB that it should take
+MODES = {  # train.py's flags, and the target in GB
     "lora-checkpointed": (["--lora-rank", "16", "--checkpoint-gradients"], 6),
     "lora": (["--lora-rank", "16"], 10),
     "full-checkpointed": (["--checkpoint-gradients"], None),
@@ -45,30 +41,30 @@ MODES = {  # train.py's flags, and the most GB that it should take
 }
 HEAD = "| mode | trained weights | estimated GB | measured peak GB | target |\n|---|---|---|---|---|"
 COUNTED = {
-    "cuda": "bytes allocated on the GPU, as torch counts them; the estimate is of the same.",
-    "cpu": "the process's peak resident memory, less what it held before loading. The estimate is of allocated bytes: "
-    "the allocator and the libraries' work space add some on a CPU.",
+    "cuda": "the bytes that torch has allocated on the GPU; so are the estimates.",
+    "cpu": "the growth of the process's resident memory since before loading, at its peak. The estimates are of "
+    "allocated bytes, without what the allocator and the libraries need on a CPU.",
 }
 
 
-def write_base(folder: Path, side: int) -> Path:
-    """`write_sd15` for pictures of `side` pixels, with ALIGN of its public size."""
+def write_base(folder: Path) -> Path:
+    """Write a base of SD 1.5's size with random weights, and an ALIGN of its public size."""
     base = write_sd15(folder)
-    config = read_json(base / "unet" / "config.json")
-    write_json(base / "unet" / "config.json", config | {"sample_size": side // 8})
-    write_part(base / "reward", {}, ALIGN(ALIGNConfig()).state_dict(), "model.safetensors")  # the rest of it stays
+    write_part(base / "reward", {}, ALIGN(ALIGNConfig()).state_dict(), "model.safetensors")
     return base
 
 
-def measure(argv: list[str], base: Path, device: torch.device, precision: str, threads: int) -> tuple[int, int, int]:
-    """Trained weights, and bytes at the peak of a step (on a GPU of loading, too) and, on a GPU, of drawing a picture.
+def measure(
+    argv: list[str], base: Path, side: int, device: torch.device, precision: str, threads: int
+) -> tuple[int, int, int]:
+    """Trained weights, and the peak bytes of a step (on a GPU also of loading) and, on a GPU, of generating a picture.
 
-    For a fresh process.
+    argv: train.py's flags. side: of the pictures, in pixels. Call it in a new process.
     """
     torch.set_num_threads(threads)
     before = common.resident() if device.type == "cpu" else 0
     sd = StableDiffusion.from_pretrained(base, device)
-    sd.precision = PRECISIONS[precision]
+    sd.precision, sd.image_size = PRECISIONS[precision], side
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(sd, base, Path(folder), argv)
         for parameter in run.machine.parameters:  # a step without a gradient makes AdamW's averages
@@ -76,61 +72,63 @@ def measure(argv: list[str], base: Path, device: torch.device, precision: str, t
         run.optimizer.adamw.step()
         run.optimizer.adamw.zero_grad(set_to_none=True)
         loading = common.peak_memory(device)[1] if device.type == "cuda" else 0
-        common.forget_peak(device)
+        common.reset_peak(device)
         step(run)
         peak, drawing = max(loading, common.peak_memory(device)[1]), 0
         trained = sum(parameter.numel() for parameter in run.machine.parameters)
         if device.type == "cuda":
-            common.forget_peak(device)
+            common.reset_peak(device)
             run.sd.generate(["a dog"], [0], 2, run.settings.guidance, batch_size=1)
             drawing = common.peak_memory(device)[1]
     return trained, peak - before, drawing
 
 
-def row(mode: str, base: Path, device: torch.device, precision: str) -> str:
-    """A line of the table under HEAD; of a mode for which the memory does not suffice it says so."""
+def row(mode: str, base: Path, side: int, device: torch.device, precision: str, room: int) -> str:
+    """A line of the table with HEAD; it says so if the mode does not fit into the memory. room: free bytes."""
     special, most = MODES[mode]
-    argv = [*special, "--precision", precision, "--batch", "1", "--images-per-prompt", "1"]
+    argv = [*special, "--precision", precision, "--resolution", str(side), "--batch", "1", "--images-per-prompt", "1"]
     args = start.parse(RPO, "", [*argv, "--subject", str(DOG), "--base", str(base), "--align", f"{base}/reward"])
     with contextlib.redirect_stdout(io.StringIO()):
         args.settings = resolve(RPO.Settings, args, *recommended(base))
-    need, room = sum(memory.estimate_of(args).values()), common.free_memory(device)
+    need = sum(memory.estimate_of(args).values())
     title, target = f"{mode}: `{' '.join(special)}`" if special else mode, f"at most {most}" if most else ""
     if need > room:
         return f"| {title} | | {need / 1e9:.1f} | left out: {room / 1e9:.1f} GB are free | {target} |"
     try:
-        trained, step, drawing = common.alone(measure, argv, base, device, precision, torch.get_num_threads())
+        arguments = argv, base, side, device, precision, torch.get_num_threads()
+        trained, step, drawing = common.in_new_process(measure, *arguments)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
+        if not is_out_of_memory(error):
             raise
-        return f"| {title} | | {need / 1e9:.1f} | the memory did not suffice | {target} |"
-    also = f" (drawing a picture: {drawing / 1e9:.1f})" if drawing else ""
+        return f"| {title} | | {need / 1e9:.1f} | out of memory | {target} |"
+    also = f" (generating a picture: {drawing / 1e9:.1f})" if drawing else ""
     return f"| {title} | {trained / 1e6:.1f} M | {need / 1e9:.1f} | {step / 1e9:.1f}{also} | {target} |"
 
 
 def measured(args: argparse.Namespace) -> common.Report:
-    """A row a mode."""
-    device = common.device(args.device)
-    if args.side % 64:
-        raise ValueError(f"--side must be a multiple of 64, not {args.side}")
+    """The table, a row a mode."""
+    device = common.find_device(args.device)
+    if args.side % 8:
+        raise ValueError(f"--side must be a multiple of 8, not {args.side}")
     precision = machine.precision(args.precision, device)
     report = common.Report(f"benchmarks.memory --side {args.side} --precision {precision}", device)
-    report(f"One pair of {args.side} px in {precision}. Measured are {COUNTED[device.type]}\n\n{HEAD}")
+    report(f"One pair, {args.side} px, {precision}. Measured: {COUNTED[device.type]}\n\n{HEAD}")
     with tempfile.TemporaryDirectory(prefix="memory_", dir=args.folder) as folder:
-        base = common.alone(write_base, Path(folder), args.side)  # what it took is given back
+        base = args.base or common.in_new_process(write_base, Path(folder))  # its memory is free afterwards
         for mode in args.modes:
-            report(row(mode, base, device, precision))
+            report(row(mode, base, args.side, device, precision, common.free_memory(device)))
     return report
 
 
 def main() -> int:
     parser = flags.Parser(description=__doc__)
-    flags.add_machine_flags(parser)
+    common.add_flags(parser, base=False)
     add = parser.add_argument
-    add("--side", type=count, default=512, help="of the pictures, in pixels (default: %(default)s)")
+    add("--base", type=flags.path, help="a base with reward/ in its folder (default: random weights of SD 1.5's size)")
+    add("--precision", choices=PRECISIONS, help="(default: bf16 on cuda, or fp16 if it is old, else fp32)")
+    add("--side", type=count, default=512, help="pixels of the pictures' sides (default: %(default)s)")
     add("--modes", choices=list(MODES), default=list(MODES), nargs="+", help="(default: all)")
-    add("--folder", type=Path, help="for the temporary weights, 3 GB (default: the system's place)")
-    add("--write", action="store_true", help=f"put the table into {common.RESULTS.name}, in this machine's section")
+    add("--folder", type=flags.path, help="for temporary weights, 3 GB (default: the system's)")
     args = parser.parse_args()
     return common.finish(measured, args)
 

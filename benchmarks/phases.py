@@ -1,4 +1,4 @@
-"""One whole run of train.py, watched from outside: seconds by phase, FLOP, the peak of memory."""
+"""A whole run of train.py or of a baseline: seconds by phase, floating-point operations, peak memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,31 +17,35 @@ from torch import Tensor
 import train
 from benchmarks import common
 from support import start
-from support.machine import Optimizer
 from support.randomness import VALIDATION
-from support.record import Record
 from train import RPO
 
 DOG = Path(__file__).parent.parent / "data" / "dog"
-PHASES = ("load", "negatives", "training", "validation", "saving", "rest")
+PHASES = ("load", "negatives", "training", "validation", "saving", "rest")  # load: all before prepare()
 
 
 class Phases:
-    """Wall-clock by phase; what happens within a phase within a phase counts for the inner one."""
+    """Seconds by phase. Inside a phase that starts another, the time counts for the inner one."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.calls, self.open = device, Counter(), Counter(), ["rest"]
+    def __init__(self, device: torch.device, first: str):
+        self.device, self.seconds, self.calls, self.open = device, Counter(), Counter(), [first]
         self.then = time.perf_counter()
 
     def charge(self) -> None:
-        """Give the time since the last call to the phase at hand."""
+        """Add the time since the last call to the current phase."""
         common.synchronize(self.device)
         now = time.perf_counter()
         self.seconds[self.open[-1]] += now - self.then
         self.then = now
 
+    def switch(self, name: str) -> None:
+        """End the current phase and start another."""
+        self.charge()
+        self.open[-1] = name
+
     @contextlib.contextmanager
-    def __call__(self, name: str):
+    def __call__(self, name: str) -> Iterator[None]:
+        """What is done inside counts for this phase."""
         self.charge()
         self.open.append(name)
         self.calls[name] += 1
@@ -51,15 +55,15 @@ class Phases:
             self.charge()
             self.open.pop()
 
-    def wrap(self, owner: type, method: str, name: str):
-        """A patch under which `method` counts for the phase."""
+    def watch(self, owner: object, method: str, name: str) -> None:
+        """Let every call of the object's method count for this phase."""
         inner = getattr(owner, method)
 
         def timed(*arguments, **options):
             with self(name):
                 return inner(*arguments, **options)
 
-        return mock.patch.object(owner, method, timed)
+        setattr(owner, method, timed)
 
 
 def whole(
@@ -71,44 +75,37 @@ def whole(
     ckpt: Path | None = None,
     method: type[RPO] = RPO,
 ) -> dict:
-    """Run train.py, or a baseline's `method`, in this process: seconds of each phase, its FLOP, the peak of memory.
+    """Run train.py, or the baseline `method`, with the flags `argv`. Use a new process: the peak is the process's.
 
-    ckpt: where the result should stay. Call it in a process of its own: the peak is the process's.
+    ckpt: where to keep the result (default: nowhere). Returns {"seconds", "counts", "flop": by phase, "peak": bytes,
+    "peak_of": what is measured, "settings"}. "counts" are pictures or steps.
     """
     torch.set_num_threads(threads)
     device, runs = torch.device(device_name), []
+    phases = Phases(device, "load")
 
     class Watched(method):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             runs.append(self)
+            phases.watch(self, "prepare", "negatives")
+            for owner, name in ((self, "batch"), (self, "loss"), (self.optimizer, "minimize"), (self.record, "step")):
+                phases.watch(owner, name, "training")
+            phases.watch(self, "validate", "validation")
+            phases.watch(self.record, "_write", "saving")
+            phases.switch("rest")
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # stdout is for the tables
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
         arguments = ["--subject", subject, "--base", base, "--ckpt", ckpt or Path(folder) / "run.safetensors"]
         args = start.parse(method, "", [*map(str, arguments), "--device", device_name, *argv])
-        phases = Phases(device)
-        for owner, methods, name in (
-            (start.StableDiffusion, ["from_pretrained"], "load"),
-            (start.ALIGN, ["from_pretrained"], "load"),
-            (Watched, ["prepare"], "negatives"),
-            (Watched, ["batch", "loss"], "training"),
-            (Optimizer, ["minimize", "numbers"], "training"),
-            (Watched, ["validate"], "validation"),
-            (Record, ["_write"], "saving"),
-        ):
-            for each in methods:
-                stack.enter_context(phases.wrap(owner, each, name))
         train.fine_tune(args, Watched)
-        phases.charge()
-        what, peak = common.peak_memory(device)
-        run, steps = runs[0], sum("total" in row for row in runs[0].record.history)
-        counts = {"negatives": len(run.c_mod), "training": steps}
-        counts["validation"] = len(run.prompts) * phases.calls["validation"]
-        result = {"seconds": {name: phases.seconds[name] for name in PHASES}, "counts": counts, "peak": peak}
-        result |= {"peak_of": what, "settings": dataclasses.asdict(run.settings)}
-        each = work(run)
-        return result | {"flop": {name: count * each[name] for name, count in counts.items()}}
+    phases.charge()
+    [run], (what, peak) = runs, common.peak_memory(device)
+    counts = {"negatives": len(run.c_mod), "training": sum("total" in row for row in run.record.history)}
+    counts["validation"] = len(run.prompts) * phases.calls["validation"]
+    result = {"seconds": {name: phases.seconds[name] for name in PHASES}, "counts": counts, "peak": peak}
+    flop = {name: counts[name] * each for name, each in work(run).items()}
+    return result | {"flop": flop, "peak_of": what, "settings": dataclasses.asdict(run.settings)}
 
 
 def step(run: RPO) -> Tensor:
@@ -123,22 +120,22 @@ def work(run: RPO) -> dict[str, int]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    def count(call) -> int:
-        # The counter may not know the CPU's fused attention, but it knows products of matrices.
+    def flop(call) -> int:
+        # The counter does not know the CPU's fused attention, but it knows matrix products.
         plain = sdpa_kernel(SDPBackend.MATH) if run.sd.device.type == "cpu" else contextlib.nullcontext()
         with FlopCounterMode(display=False) as counter, plain:
             call()
         return counter.get_total_flops()
 
     prompt, image = run.prompts[:1], run.photos[:1]
-    draw = count(lambda: run.draw(prompt, run.theta, VALIDATION, "counting"))
-    score = count(lambda: run.reward.alignments(image, prompt))
-    encode = count(lambda: run.sd.encode_images(image))
-    return {"negatives": draw + score + encode, "training": count(lambda: step(run)), "validation": draw + score}
+    draw = flop(lambda: run.draw(prompt, run.theta, VALIDATION, "counting"))
+    score = flop(lambda: run.reward.alignments(image, prompt))
+    encode = flop(lambda: run.sd.encode_images(image))
+    return {"negatives": draw + score + encode, "training": flop(lambda: step(run)), "validation": draw + score}
 
 
 def matmul_peak(device: torch.device, quick: bool) -> tuple[str, float]:
-    """What a large matrix product reaches here, FLOP/s, taken as the machine's peak."""
+    """FLOP/s of a large matrix product, which is taken as the machine's peak, and its description."""
     side = 8192 if device.type == "cuda" else 1024 if quick else 4096
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b, best = torch.randn(side, side, device=device, dtype=dtype), torch.randn(side, side).to(device, dtype), 0.0
@@ -152,7 +149,7 @@ def matmul_peak(device: torch.device, quick: bool) -> tuple[str, float]:
 
 
 def whole_rows(result: dict, peak_flops: float) -> list[str]:
-    """The table of a whole run."""
+    """The table of a whole run: `whole`'s result, and the machine's peak in FLOP/s."""
     rows = ["| phase | what | s | share | TFLOP | of the peak |", "|---|---|---|---|---|---|"]
     total, flop = sum(result["seconds"].values()), sum(result["flop"].values())
     units = {"negatives": "pictures", "training": "steps", "validation": "pictures"}

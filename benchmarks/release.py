@@ -1,20 +1,20 @@
-"""How much faster is train.py than the same job done in the shape of the authors' release? Run by hand; no download.
+"""The time of train.py, compared with the same job in the form of the authors' released code.
 
-    python -m benchmarks.release               # each piece of its work timed a few times, the whole worked out
-    python -m benchmarks.release --full        # and all of it done: an hour and more
-    python -m benchmarks.release --write       # and put the table into benchmarks/RESULTS.md
+    python -m benchmarks.release               # time each part a few times, and extrapolate the whole job
+    python -m benchmarks.release --full        # do the whole job: an hour and more
+    python -m benchmarks.release --write       # also put the table into benchmarks/RESULTS.md
 
-This is a simulation, written from what is known of the release (github.com/andrew-miao/RPO, commit d351ad5), on
-diffusers and transformers; none of its code is here. Its shape:
+This is a simulation on diffusers and transformers, written from a description of the release
+(github.com/andrew-miao/RPO, commit d351ad5); none of its code is here. In the release
 
-- Pictures are drawn one at a time with 50 steps of DDIM, the sampler of its base; negatives go through JPEG.
-- Every training step reads its photos and negatives from disk, and encodes pictures and prompts anew.
-- Every validation loads ALIGN anew and embeds the photos anew; pictures are drawn and scored one by one.
+- pictures are generated one at a time with 50 steps of DDIM, its base's sampler; negatives are saved as JPEG;
+- every training step reads its photos and negatives from disk, and encodes pictures and prompts again;
+- every validation loads ALIGN and embeds the photos again; pictures are generated and scored one by one.
 
-The job is train.py's own: the same base, subject, number of negatives, gradient steps, pairs a step, validations and
-validation pictures, guidance and learning rate; the solver's steps are each one's own. "As released" has the release's
-16 negatives a prompt instead of 4, and no validation of the base. Our seconds are those of a real run of train.py in a
-process of its own. Both without Python's start.
+The job is that of train.py: the same base, subject, number of negatives, gradient steps, pairs a step, validations and
+validation pictures, guidance and learning rate. Each side has its own solver steps. "As released" has the release's 16
+negatives a prompt instead of 4, and no validation of the base. Our seconds are those of a real run of train.py. The
+start of Python is not included.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from support import flags
 from support.settings import count
 
 SOLVER_STEPS, NEGATIVES_A_PROMPT, VALIDATE_EVERY = 50, 16, 40  # the release's; the last is train.py's too
-# Of ours, for --quick: every picture and step as in the real run, only fewer.
+# train.py's flags for --quick: fewer pictures and steps, each as in the real run.
 QUICK = ("--steps", "8", "--validate-every", "8", "--images-per-prompt", "1")
 
 
 class Release:
-    """The job in the release's shape. Each method is one piece of its work.
+    """The job in the form of the release; each method is one part of it.
 
-    folder: where negatives and checkpoints go. settings: train.py's lr, batch and guidance.
+    folder: for negatives and checkpoints. settings: train.py's lr, batch and guidance.
     """
 
     def __init__(self, base: Path, subject: Subject, folder: Path, settings: dict, device: torch.device):
@@ -54,7 +54,7 @@ class Release:
         self.draws, self.negatives = torch.Generator().manual_seed(0), []
 
     def load(self) -> None:
-        """The base with DDIM, θ beside θ₀, AdamW."""
+        """Load the base with DDIM; make θ, θ₀ and AdamW."""
         self.pipe = common.pipeline(self.base, self.device, "DDIMScheduler")
         self.unet, self.base_unet = self.pipe.unet, copy.deepcopy(self.pipe.unet)
         self.unet.requires_grad_(True).train()
@@ -62,7 +62,7 @@ class Release:
         self.size = self.unet.config.sample_size * self.pipe.vae_scale_factor
 
     def load_align(self) -> None:
-        """ALIGN from disk, and the photos' features."""
+        """Load ALIGN and embed the photos."""
         from transformers import AlignModel, BertTokenizer
         from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
@@ -74,13 +74,13 @@ class Release:
 
     @torch.no_grad()
     def image_features(self, image: Image.Image) -> torch.Tensor:
-        """(1, features), of length 1."""
+        """(1, width), of length 1."""
         features = self.align.get_image_features(**self.eye(image, return_tensors="pt").to(self.device))
         return F.normalize(getattr(features, "pooler_output", features), dim=-1)
 
     @torch.no_grad()
     def score(self, image: Image.Image, prompt: str) -> float:
-        """ALIGN-I and ALIGN-T of one picture; the text keeps its token. Returns their harmonic mean, λ = 0.3."""
+        """The λ-Harmonic reward of one picture, λ = 0.3; the prompt keeps its token."""
         ids = self.words(prompt, padding="max_length", max_length=64, truncation=True, return_tensors="pt")
         features = self.align.get_text_features(**ids.to(self.device))
         text, image = F.normalize(getattr(features, "pooler_output", features), dim=-1), self.image_features(image)
@@ -88,29 +88,27 @@ class Release:
         return 1 / (0.3 / align_i + 0.7 / align_t)
 
     def draw(self, prompt: str) -> Image.Image:
-        """One picture."""
+        """Generate one picture."""
         guidance = self.settings["guidance"]
         with common.autocast(self.device):
             return self.pipe(prompt, num_inference_steps=SOLVER_STEPS, guidance_scale=guidance).images[0]
 
     def negative(self, prompt: str) -> None:
-        """One more negative: drawn, stored as JPEG, scored."""
+        """Generate one more negative, save it as JPEG, score it."""
         path = self.folder / f"{len(self.negatives)}.jpg"
         image = self.draw(prompt)
         image.save(path)
         self.negatives.append((path, prompt, self.score(image, prompt)))
 
     def step(self) -> None:
-        """One gradient step of RPO, everything read and encoded anew."""
+        """One gradient step of RPO; everything is read and encoded again."""
         n, pipe = self.settings["batch"], self.pipe
         chosen = torch.randint(len(self.negatives), (n,), generator=self.draws).tolist()
         photos = torch.randint(len(self.subject.photos), (n,), generator=self.draws).tolist()
         paths, prompts, rewards = zip(*(self.negatives[i] for i in chosen), strict=True)
         images = [open_photo(path, self.size) for path in [*(self.subject.photos[i] for i in photos), *paths]]
-        # The photos' own rewards cost nothing here, and 1 stands for them: a label's value changes no time.
-        label = preference_label(preference_probability(torch.tensor(1.0), torch.tensor(rewards)), self.draws).to(
-            self.device
-        )
+        # The reward of all photos is taken as 1: the value of a label does not change the time.
+        label = preference_label(preference_probability(torch.tensor(1.0), torch.tensor(rewards)), self.draws)
         t = torch.randint(1000, (n,), generator=self.draws).repeat(2).to(self.device)
         with common.autocast(self.device):
             with torch.no_grad():
@@ -124,7 +122,7 @@ class Release:
                 base = denoising_loss(self.base_unet(x_t, t, context).sample, eps)
             ours = denoising_loss(self.unet(x_t, t, context).sample, eps)
         ref, gen = ours.chunk(2)
-        loss = rpo_loss(ref, ref, gen, *base.chunk(2), label).total
+        loss = rpo_loss(ref, ref, gen, *base.chunk(2), label.to(self.device)).total
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
@@ -132,16 +130,16 @@ class Release:
         loss.item()
 
     def validation_picture(self, prompt: str) -> None:
-        """One picture, drawn and scored."""
+        """Generate one picture and score it."""
         self.score(self.draw(prompt), prompt)
 
     def save(self) -> None:
-        """The U-Net, as after a validation that was the best so far."""
+        """Save the U-Net, as after the best validation so far."""
         self.unet.save_pretrained(self.folder / "unet")
 
 
 def measure(release: Release, times: dict[str, int]) -> dict[str, list[float]]:
-    """Seconds of each piece of work, `times` times each, after one that does not count (but for loading the base)."""
+    """Seconds of each part, `times` times each, after a first time that is not counted, except for loading the base."""
     prompts = release.subject.training_prompts
 
     def timed(work: Callable, count: int, *arguments, warm: int = 1) -> list[float]:
@@ -164,26 +162,26 @@ def measure(release: Release, times: dict[str, int]) -> dict[str, list[float]]:
 
 
 def job(prompts: int, images_per_prompt: int, negatives_per_prompt: int, steps: int, validations: int) -> dict:
-    """How often the release does each piece of work. ALIGN is loaded for the negatives and for each validation."""
+    """How often the release does each part. It loads ALIGN for the negatives and for each validation."""
     pictures = validations * prompts * images_per_prompt
     loads = {"load": 1, "load ALIGN, embed the photos": validations + 1, "negative": prompts * negatives_per_prompt}
     return loads | {"training step": steps, "validation picture": pictures, "save": validations}
 
 
 def both_jobs(steps: int) -> tuple[dict, dict]:
-    """The job with train.py's counts, which validates the base and the last step too, and as released."""
+    """The counts of train.py, which also validates the base and the last step, and those of the release."""
     same = job(8, 4, 4, steps, 1 + -(-steps // VALIDATE_EVERY))
     return same, job(8, 4, NEGATIVES_A_PROMPT, steps, steps // VALIDATE_EVERY)
 
 
 def total(pieces: dict[str, list[float]], times: dict[str, int]) -> float:
-    """Seconds of the whole job: what was measured as often as the job wants is added up, the rest is extrapolated."""
+    """Seconds of the whole job: the mean of each part times its count."""
     whole = {name: times[name] * statistics.mean(seconds) for name, seconds in pieces.items()}
     return sum(whole.values())
 
 
 def ours(result: dict, times: dict[str, int]) -> float:
-    """Seconds of train.py's run, `phases.whole`'s result, brought to the job's counts where the run was shorter."""
+    """Seconds of train.py, from the result of `phases.whole`; a shorter run is scaled to the job's counts by phase."""
     counts, seconds = result["counts"], result["seconds"]
     wanted = {"negatives": times["negative"], "training": times["training step"]}
     wanted |= {"validation": times["validation picture"], "saving": times["validation picture"]}
@@ -192,38 +190,24 @@ def ours(result: dict, times: dict[str, int]) -> float:
 
 
 def measured(args: argparse.Namespace) -> common.Report:
-    """The pieces, both totals and the ratio."""
-    device, subject = common.device(args.device), load_subject(phases.DOG)
+    """Measure both, and report the table."""
+    device, subject = common.find_device(args.device), load_subject(phases.DOG)
     report = common.Report("benchmarks.release" + (" --quick" if args.quick else ""), device)
     argv = QUICK if args.quick else ("--steps", str(args.steps))
-    result = common.alone(phases.whole, flags.EMBEDDED_BASE, str(device), argv, torch.get_num_threads())
+    result = common.in_new_process(phases.whole, args.base, str(device), argv, torch.get_num_threads())
     same, released = both_jobs(args.steps)
     times = same if args.full else {name: min(1 if args.quick else args.samples, n) for name, n in same.items()}
     common.libraries()
     with tempfile.TemporaryDirectory() as folder:
-        pieces = measure(Release(flags.EMBEDDED_BASE, subject, Path(folder), result["settings"], device), times)
+        pieces = measure(Release(args.base, subject, Path(folder), result["settings"], device), times)
     table(report, pieces, same, released, result)
     return report
 
 
-def main() -> int:
-    parser = flags.Parser(description=__doc__)
-    add = parser.add_argument
-    add("--full", action="store_true", help="do the whole job in the release's shape too, and extrapolate nothing")
-    add("--quick", action="store_true", help="one of each, and a short run of ours, to see that it works")
-    add("--samples", type=count, default=5, help="of each piece of the release's work (default: %(default)s)")
-    add("--steps", type=count, default=400, help="gradient steps of the job (default: %(default)s)")
-    add("--device", help="cpu or cuda (default: the best there is)")
-    add("--threads", type=count, help="of a CPU (default: as many as torch takes)")
-    add("--write", action="store_true", help=f"put the table into {common.RESULTS.name}, in this machine's section")
-    args = parser.parse_args()
-    return common.finish(measured, args)
-
-
 def table(report: Callable, pieces: dict, same: dict, released: dict, result: dict) -> None:
-    """Each piece of the release's work, both totals, and the ratio to ours."""
-    report("\n### The release's shape on weights/toy, piece by piece\n")
-    report("| piece | s (mean) | measured | same counts | as released |\n|---|---|---|---|---|")
+    """Each part of the release's work, both totals, and their ratio to ours."""
+    report("\n### The job in the form of the release, on weights/toy\n")
+    report("| part | s (mean) | measured | same counts | as released |\n|---|---|---|---|---|")
     for name, seconds in pieces.items():
         mean, measured = statistics.mean(seconds), len(seconds)
         jobs = " | ".join(f"{times[name]} x = {times[name] * mean:.0f} s" for times in (same, released))
@@ -235,13 +219,21 @@ def table(report: Callable, pieces: dict, same: dict, released: dict, result: di
     missing = [f"{name} from {len(s)} of {same[name]}" for name, s in pieces.items() if len(s) < same[name]]
     report(f"\nExtrapolated: {'; '.join(missing) or 'nothing'}.")
     run_counts = ", ".join(f"{name} {count}" for name, count in result["counts"].items())
-    wanted = {
-        "negatives": same["negative"],
-        "training": same["training step"],
-        "validation": same["validation picture"],
-    }
-    brought = "" if result["counts"] == wanted else " brought to the whole job's counts phase by phase"
-    report(f"train.py: measured with {run_counts}{brought}.")
+    wanted = [same[name] for name in ("negative", "training step", "validation picture")]
+    scaled = "" if list(result["counts"].values()) == wanted else ", scaled to the whole job's counts phase by phase"
+    report(f"train.py: measured with {run_counts}{scaled}.")
+
+
+def main() -> int:
+    parser = flags.Parser(description=__doc__)
+    add = parser.add_argument
+    common.add_flags(parser)
+    add("--full", action="store_true", help="do the whole job in the form of the release, extrapolate nothing")
+    add("--quick", action="store_true", help="each part once, and a short run of ours, as a test")
+    add("--samples", type=count, default=5, help="times to measure each part of the release (default: %(default)s)")
+    add("--steps", type=count, default=400, help="gradient steps of the job (default: %(default)s)")
+    args = parser.parse_args()
+    return common.finish(measured, args)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""How fast is it on this machine, beside diffusers and by itself? Run by hand; needs no download.
+"""Speed on this machine, compared with diffusers, and of a whole run by phase.
 
     python -m benchmarks.run                           # all tables, at toy size and SD 1.5 size: long on a CPU
     python -m benchmarks.run --quick                   # the same tables in minutes, with few repetitions
-    python -m benchmarks.run --device cuda --size sd15 # the whole run at SD 1.5's size, with random weights
-    python -m benchmarks.run --write                   # and put them into benchmarks/RESULTS.md
+    python -m benchmarks.run --device cuda --size sd15 # SD 1.5's size, with random weights
+    python -m benchmarks.run --write                   # also put the tables into benchmarks/RESULTS.md
 
-1. U-Net forward, and forward with backward, drawing, and RPO's training step, each against diffusers' networks with the
-   same weights and settings. The two take turns; their outputs are compared before a clock starts.
-2. The whole of train.py by phase, with the share of the machine's arithmetic that it used (model-FLOP utilisation) and
-   its peak memory.
+1. Compared with diffusers' networks, with the same weights and settings: the U-Net forward, forward and backward,
+   generating, and RPO's training step. Calls of both alternate. Their outputs are compared before anything is timed.
+2. The whole of train.py by phase, with the share of the machine's peak FLOP/s that it used, and its peak memory.
 
-At SD 1.5's size on a CPU the training step is LoRA's, since two full fine-tunings do not fit, and the whole run is left
-out, since it would take days. ALIGN is weights/toy's at either size. On a GPU all is in the precision of train.py.
+At SD 1.5's size on a CPU the training step uses LoRA, because two full fine-tunings do not fit into the memory, and the
+whole run is left out, because it would take days. ALIGN is the embedded base's at both sizes. On a GPU everything is
+measured in train.py's default precision.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import io
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +35,22 @@ from benchmarks.common import AsOurs, Pair, Report, alternate, check_same, row
 from benchmarks.full_size import write_sd15
 from benchmarks.phases import DOG, matmul_peak, step, whole, whole_rows
 from model.align import ALIGN
-from model.stable_diffusion import recommended
+from model.stable_diffusion import StableDiffusion, recommended
 from model.tokenizer import BertTokenizer
 from reward import Reward
 from subject import load_subject
 from support import flags, start
-from support.settings import count, resolve
+from support.settings import resolve
 from train import RPO
 
-SHORT = ("--steps", "8", "--validate-every", "4", "--images-per-prompt", "1", "--solver-steps", "5")  # for --quick
+SHORT = ("--steps", "8", "--validate-every", "4", "--images-per-prompt", "1", "--solver-steps", "5")  # of a --quick run
 PARTS = ("unet", "drawing", "training", "whole")
 
-# --------------------------------------------------------------------------------------------- 1. beside diffusers
+# --------------------------------------------------------------------------------- 1. compared with diffusers
 
 
 def unet_rows(pair: Pair, batch: int, side: int, repeats: int, backward: bool = True) -> list[str]:
-    """The U-Net alone on latents (batch, 4, side, side): forward, and forward with backward."""
+    """The U-Net on latents (batch, 4, side, side): forward, and forward and backward."""
     ours, theirs = pair.ours.unet, AsOurs(pair.theirs.unet)
     draws = torch.Generator().manual_seed(0)
     x = torch.randn(batch, ours.config.in_channels, side, side, generator=draws).to(pair.device)
@@ -64,7 +65,7 @@ def unet_rows(pair: Pair, batch: int, side: int, repeats: int, backward: bool = 
         with pair.ours.autocast():
             loss = unet(x, t, context).float().square().mean()
         loss.backward()
-        unet.zero_grad(set_to_none=True)  # there is not always room for both sides' gradients
+        unet.zero_grad(set_to_none=True)  # the memory may not hold the gradients of both networks
         return loss
 
     check_same(forward(ours), forward(theirs), common.MOST_DIFFERENCE[pair.device.type], "the U-Net")
@@ -86,7 +87,7 @@ def unet_rows(pair: Pair, batch: int, side: int, repeats: int, backward: bool = 
 
 
 def drawing_rows(pair: Pair, pictures: int, steps: int, size: int, repeats: int) -> list[str]:
-    """From prompts to pictures of `size` pixels, DPM-Solver++ with guidance. Ours has kept the prompts' encodings."""
+    """Generating pictures of `size` pixels, DPM-Solver++ with guidance. Ours has already encoded the prompts."""
     prompts = load_subject(DOG).training_prompts
     prompts = [prompts[i % len(prompts)] for i in range(pictures)]
     shape = (pictures, pair.ours.unet.config.in_channels, size // pair.ours.vae.downscale)
@@ -103,18 +104,18 @@ def drawing_rows(pair: Pair, pictures: int, steps: int, size: int, repeats: int)
             return pair.theirs(prompts, latents=latents, **options).images
 
     pixels = [torch.from_numpy(np.stack(draw())).float() for draw in (ours, theirs)]
-    apart = (pixels[0] - pixels[1]).abs().mean((1, 2, 3))  # in grey levels; single pixels may round the other way
+    apart = (pixels[0] - pixels[1]).abs().mean((1, 2, 3))  # in grey levels; single pixels may be rounded differently
     check_same(apart, torch.zeros(pictures), 1 if pair.device.type == "cpu" else 8, "the pictures")
     rows = []
     for name, layout in pair.layouts.items():
         pair.set_layout(layout)
-        title = f"drawing {pictures} at {size} px, {steps} steps, guidance {guidance:g}, {name}"
+        title = f"generating {pictures} at {size} px, {steps} steps, guidance {guidance:g}, {name}"
         rows.append(row(title, *alternate(ours, theirs, repeats, pair.device)))
     return rows
 
 
-def run_of(sd, base: Path, folder: Path, argv: list[str]) -> RPO:
-    """train.py's own run, ready for its first step on random latents: neither pictures nor posteriors are made."""
+def run_of(sd: StableDiffusion, base: Path, folder: Path, argv: list[str]) -> RPO:
+    """A run of train.py, ready for its first step. Its latents are random and its negatives are not generated."""
     arguments = ["--subject", DOG, "--base", base, "--align", base / "reward", "--ckpt", folder / "run.safetensors"]
     args = start.parse(RPO, "", [str(argument) for argument in (*arguments, *argv)])
     sd = copy.copy(sd)
@@ -137,13 +138,13 @@ def run_of(sd, base: Path, folder: Path, argv: list[str]) -> RPO:
 
 
 def training_rows(pair: Pair, base: Path, argv: list[str], repeats: int) -> list[str]:
-    """RPO's whole step: θ forward and backward on pairs, θ₀ forward, loss, AdamW. Theirs: diffusers' U-Net in it."""
+    """RPO's whole training step; for theirs, with diffusers' U-Nets in the place of ours."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, layout in pair.layouts.items():
             pair.set_layout(layout)
             mine, other = copy.copy(pair.ours), copy.copy(pair.ours)
-            # Adapters are added to the network itself, so it gets a copy (that shares the weights).
+            # LoRA changes the modules of the network, so each run gets its own, with the same weights.
             mine.unet, other.unet = shared_copy(pair.ours.unet), AsOurs(shared_copy(pair.theirs.unet))
             ours, theirs = (run_of(sd, base, Path(folder), argv) for sd in (mine, other))
             losses = [step(run) for run in (ours, theirs)]
@@ -152,12 +153,12 @@ def training_rows(pair: Pair, base: Path, argv: list[str], repeats: int) -> list
             kind = f"LoRA {rank}" if rank else "the whole U-Net"
             seconds = alternate(lambda a=ours: step(a), lambda b=theirs: step(b), repeats, pair.device)
             rows.append(row(f"training step, {kind}, pairs: {pairs} x {side}x{side}, {name}", *seconds))
-            del ours, theirs, mine, other  # so that only one layout's networks are in memory
+            del ours, theirs, mine, other  # only one layout's networks should be in memory
     return rows
 
 
 def shared_copy(network: torch.nn.Module) -> torch.nn.Module:
-    """Modules of its own, the same weights."""
+    """A copy of the modules that shares the weights."""
     weights = [*network.parameters(), *network.buffers()]
     return copy.deepcopy(network, {id(tensor): tensor for tensor in weights})
 
@@ -165,15 +166,16 @@ def shared_copy(network: torch.nn.Module) -> torch.nn.Module:
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def beside(report: Report, size: str, base: Path, device: torch.device, quick: bool, parts: list[str]) -> None:
-    """The tables of one size against diffusers, a line as soon as it is known."""
+def compared(report: Report, size: str, base: Path, device: torch.device, quick: bool, parts: Sequence[str]) -> None:
+    """The table of one size, compared with diffusers; each line is printed when it is known."""
     toy, slow = size == "toy", size == "sd15" and device.type == "cpu"
-    report(f"\n### {'weights/toy' if toy else 'SD 1.5 size, random weights'}, beside diffusers (min / median / max)\n")
+    title = "weights/toy" if toy else "SD 1.5 size, random weights"
+    report(f"\n### {title}, compared with diffusers (min / median / max)\n")
     report(common.HEAD)
     pair = Pair(base, device)
     side, batch, pictures = (16, 8, 8) if toy else (64, 1, 1)
     repeats, steps = (3, 2) if slow else (5, 5) if quick else (20, 20)
-    if quick and slow:  # a quarter of the picture, and nothing that takes a gradient
+    if quick and slow:  # a quarter of the picture, and no gradients
         side, parts = 32, [part for part in parts if part != "training"]
     argv = ["--device", str(device), *(["--lora-rank", "16"] if slow else [])]
     jobs = {
@@ -187,37 +189,40 @@ def beside(report: Report, size: str, base: Path, device: torch.device, quick: b
 
 
 def by_phase(report: Report, size: str, base: Path, device: torch.device, quick: bool, argv: list[str]) -> None:
-    """The whole run of one size."""
+    """The table of the whole run of one size."""
     report(f"\n### The whole run, {'weights/toy' if size == 'toy' else 'SD 1.5 size with random weights'}\n")
-    if size == "sd15" and device.type == "cpu":
-        report("Left out on a CPU, where it would take days.")
-        return
     argv = [*argv, *(SHORT if quick else ())]
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the run is another process's
-    result = common.alone(whole, base, str(device), argv, torch.get_num_threads())
+        torch.cuda.empty_cache()  # the run is in another process
+    result = common.in_new_process(whole, base, str(device), argv, torch.get_num_threads())
     name, peak = matmul_peak(device, quick)
     for line in whole_rows(result, peak):
         report(line)
     shown = ("lr", "batch", "guidance", "images_per_prompt", "solver_steps")
     settings = ", ".join(f"{name} {result['settings'][name]:g}" for name in shown)
-    short = " A short run, to see that it works: its shares are not the real run's." if quick else ""
-    report(f"\n`train.py --subject data/dog {' '.join(argv)}`; {settings}.{short} Python's own start is not counted.")
-    report(f"The peak is what a {name} reaches: {peak / 1e12:.3g} TFLOP/s.")
+    short = " A short run, as a test: its shares are not those of the real run." if quick else ""
+    report(f"\n`train.py --subject data/dog {' '.join(argv)}`; {settings}.{short} The start of Python is not included.")
+    report(f"The machine's peak is measured with a {name}: {peak / 1e12:.3g} TFLOP/s.")
     report(f"Peak memory, {result['peak_of']}: {result['peak'] / 1e6:.0f} MB.")
 
 
 def measured(args: argparse.Namespace) -> Report:
-    """All tables that are asked for."""
-    device = common.device(args.device)
+    """The tables that the flags select."""
+    device = common.find_device(args.device)
     title = "benchmarks.run" + (f" --size {args.size}" if args.size != "both" else "")
     report = Report(title + (" --quick" if args.quick else ""), device)
     for size in ("toy", "sd15") if args.size == "both" else (args.size,):
+        parts = set(args.only)
+        if size == "sd15" and device.type == "cpu" and "whole" in parts:
+            report("\nThe whole run at SD 1.5's size is left out: on a CPU it would take days.")
+            parts.remove("whole")
+        if not parts:
+            continue
         with tempfile.TemporaryDirectory(prefix="benchmark_", dir=args.folder) as folder:
-            base = flags.EMBEDDED_BASE if size == "toy" else write_sd15(Path(folder))
-            if set(args.only) - {"whole"}:
-                beside(report, size, base, device, args.quick, args.only)
-            if "whole" in args.only:
+            base = args.base if size == "toy" else write_sd15(Path(folder))
+            if parts - {"whole"}:
+                compared(report, size, base, device, args.quick, [part for part in PARTS if part in parts])
+            if "whole" in parts:
                 by_phase(report, size, base, device, args.quick, shlex.split(args.train))
     return report
 
@@ -225,14 +230,12 @@ def measured(args: argparse.Namespace) -> Report:
 def main() -> int:
     parser = flags.Parser(description=__doc__)
     add = parser.add_argument
-    add("--device", help="cpu or cuda (default: the best there is)")
+    common.add_flags(parser)
     add("--size", choices=("toy", "sd15", "both"), default="both", help="(default: %(default)s)")
     add("--only", choices=PARTS, nargs="+", default=PARTS, help="some of the tables (default: all)")
-    add("--threads", type=count, help="of a CPU (default: as many as torch takes)")
-    add("--quick", action="store_true", help="few repetitions and a short run, to see that all works")
-    add("--write", action="store_true", help=f"put the tables into {common.RESULTS.name}, in this machine's section")
-    add("--folder", type=Path, help="for the temporary weights of SD 1.5's size, 2 GB (default: the system's place)")
-    add("--train", default="", metavar="FLAGS", help='for the whole run, such as --train="--lora-rank 16"')
+    add("--quick", action="store_true", help="few repetitions and a short run, as a test")
+    add("--folder", type=flags.path, help="for temporary weights of SD 1.5's size, 2 GB (default: the system's)")
+    add("--train", default="", metavar="FLAGS", help='flags of the whole run, such as --train="--lora-rank 16"')
     args = parser.parse_args()
     return common.finish(measured, args)
 
