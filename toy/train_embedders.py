@@ -103,7 +103,7 @@ def train_align(job: Job) -> None:
         write_bert_tokenizer(data.captions, job.weights / "reward")
     tokenizer = BertTokenizer.from_pretrained(job.weights / "reward")
     config = align_config(len(tokenizer.cutter.get_vocab()))
-    align = initialized(job, ALIGN(ALIGNConfig.from_json(config)), "reward").to(memory_format=torch.channels_last)
+    align = initialized(job, ALIGN(config_from(ALIGNConfig, config)), "reward").to(memory_format=torch.channels_last)
     side = PREPROCESSORS["align"]["crop_size"]["height"]
 
     def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
