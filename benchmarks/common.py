@@ -153,6 +153,10 @@ class AsOurs(torch.nn.Module):
         super().__init__()
         self.unet, self.config = unet, unet.config
 
+    @property
+    def conv_in(self):
+        return self.unet.conv_in
+
     def forward(self, latents, timestep, context):
         return self.unet(latents, timestep, context).sample
 
