@@ -114,8 +114,9 @@ class RPO:
 
     def encode(self, generated: list[Image.Image], prompts: list[str]) -> None:
         """The photos (ref) under the instance prompt (c), and θ₀'s pictures (gen) under their own prompts (c_mod)."""
-        self.ref, self.gen = self.sd.encode_images(self.photos), self.sd.encode_images(generated)
-        self.c = self.sd.encode_prompts([self.subject.instance_prompt]).cpu()  # batches are made on the CPU
+        encoded = self.sd.encode_images(self.photos), self.sd.encode_images(generated)
+        self.ref, self.gen = ([part.cpu() for part in each] for each in encoded)  # batches are made on the CPU
+        self.c = self.sd.encode_prompts([self.subject.instance_prompt]).cpu()
         self.c_mod = self.sd.encode_prompts(prompts).cpu()
 
     def batch(self, step: int) -> Batch:
@@ -188,7 +189,7 @@ class RPO:
 
 def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Generator) -> Tensor:
     """x_0 drawn from the posteriors (mean and standard deviation) of the pictures `index`."""
-    mean, std = (part.cpu()[index] for part in posterior)
+    mean, std = (part[index] for part in posterior)
     return mean + std * torch.randn(mean.shape, generator=draws)
 
 

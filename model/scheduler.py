@@ -67,7 +67,7 @@ class Scheduler:
         if isinstance(t, int):  # a number on the host: no wait for the GPU
             a = self.alphas_cumprod[t].to(like.device, non_blocking=True)
         else:
-            a = self.alphas_cumprod.to(like.device)[t.to(like.device)]
+            a = self.alphas_cumprod.to(like.device, non_blocking=True)[t.to(like.device)]
         a = a.reshape(-1, *[1] * (like.ndim - 1))
         return a.sqrt(), (1 - a).sqrt()
 

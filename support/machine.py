@@ -95,8 +95,12 @@ class Machine:
     def place(self, batch: Batch) -> Batch:
         """This process's part of a batch, a NamedTuple of tensors (n, ...) or None, on the device."""
         self._offload(True)
-        device = self.sd.device
-        return type(batch)(*(None if each is None else each[self.part].to(device) for each in batch))
+        return type(batch)(*(None if each is None else self._to_device(each[self.part]) for each in batch))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """Without waiting for the GPU, which only a copy from pinned memory allows."""
+        tensor = tensor.pin_memory() if self.sd.device.type == "cuda" else tensor
+        return tensor.to(self.sd.device, non_blocking=True)
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds: θ, or its adapters."""
