@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model.files.tensors import read_tensors
 from reward import Reward
-from support import flags, start
+from support import start
 from train import RPO
 
 SIDE, GAP, HEAD = 128, 12, 34
@@ -25,17 +25,14 @@ def panels(run: RPO) -> tuple[list[list[tuple[str, Image.Image]]], str]:
     """Two rows of titled pictures, of the photo and of the negative, and the numbers of the step."""
     batch = run.batch(STEP)
     batch = run.machine.place(batch._replace(t=torch.full_like(batch.t, T)))
-    similarity, ref, gen, base_ref, base_gen = (value.item() for value in run.losses(batch))
-    loss = run.loss(batch)
-    i, j = batch.photo.item(), batch.negative.item()
-    numbers = (
-        f'c: "{run.subject.instance_prompt}"    c_mod: "{run.prompts[j]}"    t = {T}\n'
-        f"r(x_ref, c_mod) = {run.r_ref[i, j]:.3f}, r(x_gen, c_mod) = {run.r_gen[j]:.3f}, P = {batch.p.item():.3f}, "
-        f"coin y = {batch.label.item():.0f}\n"
-        f"margin = (base_ref - ref) - (base_gen - gen) = ({base_ref:.4f} - {ref:.4f}) - ({base_gen:.4f} - {gen:.4f}) "
-        f"= {loss.margin.item():+.4f}\n"
-        f"L = L_sim + L_pref = {similarity:.4f} + {loss.preference.item():.4f} = {loss.total.item():.4f}"
-    )
+    (similarity, ref, gen, base_ref, base_gen), loss = (x.item() for x in run.losses(batch)), run.loss(batch)
+    i, j, y = batch.photo.item(), batch.negative.item(), batch.label.item()
+    margin = f"({base_ref:.4f} - {ref:.4f}) - ({base_gen:.4f} - {gen:.4f}) = {loss.margin.item():+.4f}"
+    rewards = f"r(x_ref, c_mod) = {run.r_ref[i, j]:.3f}, r(x_gen, c_mod) = {run.r_gen[j]:.3f}"
+    numbers = f"""c: "{run.subject.instance_prompt}"    c_mod: "{run.prompts[j]}"    t = {T}
+{rewards}, P = {batch.p.item():.3f}, coin y = {y:.0f}
+margin = (base_ref - ref) - (base_gen - gen) = {margin}
+L = L_sim + L_pref = {similarity:.4f} + {loss.preference.item():.4f} = {loss.total.item():.4f}"""
     seen_by = {
         "ref": [(run.theta_0, batch.c_mod, base_ref), (run.theta, batch.c_mod, ref), (run.theta, batch.c, similarity)],
         "gen": [(run.theta_0, batch.c_mod, base_gen), (run.theta, batch.c_mod, gen)],
@@ -69,16 +66,14 @@ def page(rows: list[list[tuple[str, Image.Image]]], numbers: str) -> Image.Image
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", default="best.safetensors", help="θ, the whole U-Net")
-    ckpt = Path(parser.parse_args().ckpt)
-    project = flags.EMBEDDED_BASE.parent.parent
-    words = ("--subject", project / "data" / "dog", "--batch", 1, "--ckpt", "runs/one-step.safetensors")
-    args = start.parse(RPO, "", [str(word) for word in words])
+    parser.add_argument("--ckpt", type=Path, default="best.safetensors", help="θ, the whole U-Net")
+    ckpt = parser.parse_args().ckpt
+    args = start.parse(RPO, "", ["--subject", "data/dog", "--batch", "1", "--ckpt", "runs/one.safetensors"])
     with start.prepared(args, RPO) as parts:
         run = RPO(parts, Reward(parts.align, parts.bert, parts.photos))
         run.prepare()
         run.machine.unet.load_state_dict(read_tensors(ckpt))
-        page(*panels(run)).save(project / "docs" / "one-step.png")
+        page(*panels(run)).save("docs/one-step.png")
 
 
 if __name__ == "__main__":
