@@ -1,10 +1,11 @@
 """Reward Preference Optimization: the label and the loss (arXiv 2407.12164, Eq. 6 to 8).
 
 A pair is a reference photo x_ref and a negative x_gen, which the frozen base model θ₀ drew for a prompt c_mod. The
-rewards of the two give the probability P that the photo is preferred; a coin with that probability is the label y. The
-loss pulls the implicit reward of the trained model θ, β times its gain in denoising over θ₀, towards the label.
+photo's own prompt is c, "a photo of [V] dog". The rewards of the two pictures give the probability P that the photo is
+preferred; a coin with that probability is the label y. L_sim learns the photo under c. L_pref is the cross-entropy of y
+and σ(Δ); Δ compares how much the trained model θ has improved over θ₀ on the photo and on the negative, under c_mod.
 
-ℓ(θ; x, c) is the denoising loss of θ on the noisy latents x_t of x, under the prompt c.
+ℓ(θ; x, prompt) is the denoising loss of θ on the noisy latents x_t of x.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from model.scheduler import SAMPLERS
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
 from support import flags, machine
 from support.export import check_export, export_single_file
-from support.header import base_of, steps_and_guidance
+from support.header import resolve_base, steps_and_guidance
 from support.pictures import check_folder, drawn_with, grid, picture_name, save_png
 from support.results import warn_if_unfinished
 from support.settings import checked, count, guidance_scale, seed_number
@@ -33,7 +33,7 @@ DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} o
 def run(args: argparse.Namespace) -> None:
     header = read_metadata(args.ckpt) if args.ckpt else {}
     warn_if_unfinished(args.ckpt)
-    base = base_of(args, args.ckpt, header)
+    base = resolve_base(args, args.ckpt, header)
     check_layout(base[0])
     if args.export_single:
         check_export(args.export_single, base[0])

@@ -38,7 +38,7 @@ class Settings:
 
     steps: int = paper(400, count, "gradient steps")
     batch: int = paper(1, count, "pairs a step")
-    lr: float = paper(5e-6, positive, "learning rate of AdamW")
+    lr: float = paper(5e-6, positive, "learning rate of AdamW, constant; LoRA 1e-4")
     images_per_prompt: int = paper(4, count, "negatives, and validation images, a prompt")
     validate_every: int = paper(40, count, "gradient steps between validations")
     lambda_val: float = paper(0.3, fraction, "λ of the validation's reward")
@@ -94,7 +94,7 @@ class RPO:
         """run: what support/ has prepared: subject, photos, networks, optimizer, record, settings."""
         self.subject, self.photos, self.sd, self.settings = run.subject, run.photos, run.sd, run.settings
         self.machine, self.optimizer, self.record, self.reward = run.machine, run.optimizer, run.record, reward
-        self.theta, self.theta_0 = run.machine.theta, run.machine.theta_0  # the trained U-Net, and the frozen base
+        self.theta, self.theta_0 = run.machine.theta, run.machine.theta_0  # (latents, t, context) -> prediction
         self.prompts = [
             prompt for prompt in run.subject.training_prompts for _ in range(run.settings.images_per_prompt)
         ]
@@ -145,11 +145,12 @@ class RPO:
         eps = torch.cat([batch.eps_ref, batch.eps_ref, batch.eps_gen])
         context = torch.cat([batch.c, batch.c_mod, batch.c_mod])
         t, n = batch.t.repeat(3), len(batch.t)
-        base_ref, base_gen = self.denoise(self.theta_0, x_0[n:], eps[n:], t[n:], context[n:]).chunk(2)
-        similarity, ref, gen = self.denoise(self.theta, x_0, eps, t, context).chunk(3)
+        # θ₀ does not need the first n, which are L_sim's.
+        base_ref, base_gen = self.error(self.theta_0, x_0[n:], eps[n:], t[n:], context[n:]).chunk(2)
+        similarity, ref, gen = self.error(self.theta, x_0, eps, t, context).chunk(3)
         return similarity, ref, gen, base_ref, base_gen
 
-    def denoise(self, unet: Callable, x_0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def error(self, unet: Callable, x_0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """ℓ of a network, (m,): noise x_0 (m, 4, h, w) with eps at t (m,), and predict under context (m, 77, width)."""
         scheduler = self.sd.scheduler
         x_t = scheduler.add_noise(x_0, eps, t)  # Eq. 1
@@ -169,15 +170,15 @@ class RPO:
                 self.validate(step)
 
     def validate(self, step: int) -> tuple[Tensor, Tensor]:
-        """Draw the training prompts from the same noise each time; the weights are kept if they score best.
+        """Draw the training prompts from the same noise each time; the weights of the highest reward are kept.
 
-        Returns ALIGN-I and ALIGN-T of each picture.
+        Returns ALIGN-I and ALIGN-T of each picture (toy.bench uses them).
         """
         images = self.draw(self.prompts, self.theta, VALIDATION, f"validating step {step}")
         align_i, align_t = self.reward.alignments(images, self.prompts)
         reward = self.reward.combine(align_i, align_t, self.settings.lambda_val)
-        a_prompt = images[:: self.settings.images_per_prompt]
-        self.record.validation(step, a_prompt, align_i=align_i, align_t=align_t, reward=reward)
+        shown = images[:: self.settings.images_per_prompt]  # the first of each prompt
+        self.record.validation(step, shown, align_i=align_i, align_t=align_t, reward=reward)
         return align_i, align_t
 
     def draw(self, prompts: list[str], unet: Callable, stream: int, title: str) -> list[Image.Image]:

@@ -7,6 +7,9 @@ A baseline is a subclass of train.RPO in baselines/NAME.py, named there as METHO
 - `loss(batch)`: a NamedTuple of tensors with `total`, which is minimised, and `similarity`; all go to the history
 - `trained(unet)`: which parameters learn, if not all
 
+A batch is a NamedTuple of tensors (n, ...), n pairs a step, or None. It has the fields `p` and `label`, None if there
+are no labels. `Settings.pictures_a_pair` says how many pictures θ sees for a pair, for the estimate of memory.
+
 The loop, validation, files, --resume, LoRA and several processes are train.py's. Something else that learns, such as a
 critic, is added to `self.record.learning`, so that --resume restores it.
 """

@@ -96,7 +96,7 @@ class DreamBooth(RPO):
 
     def loss(self, batch: PriorBatch) -> DreamBoothLoss:
         """See `dreambooth_loss`."""
-        ref, prior = self.denoise(self.theta, *both(batch)).chunk(2)
+        ref, prior = self.error(self.theta, *both(batch)).chunk(2)
         return dreambooth_loss(ref, prior, self.settings.prior_weight)
 
 

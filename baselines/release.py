@@ -8,14 +8,15 @@ is that of L_sim again, and photo and negative have their own t.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rpo import preference_label
 from support.randomness import step_generator
-from train import RPO, latents
+from train import RPO, RPOSettings, latents
 
 
 class ReleaseBatch(NamedTuple):
@@ -33,7 +34,13 @@ class ReleaseBatch(NamedTuple):
     label: Tensor
 
 
+@dataclass(frozen=True)
+class ReleaseSettings(RPOSettings):
+    pictures_a_pair: ClassVar[int] = 2
+
+
 class Release(RPO):
+    Settings = ReleaseSettings
     result = "release.safetensors"
 
     def batch(self, step: int) -> ReleaseBatch:
@@ -54,8 +61,8 @@ class Release(RPO):
         """ℓ(θ; x_ref, c) twice, ℓ(θ; x_gen, c_mod), ℓ(θ₀; x_ref, c), ℓ(θ₀; x_gen, c_mod): (n,) each."""
         x_0, eps = torch.cat([batch.x_ref, batch.x_gen]), torch.cat([batch.eps_ref, batch.eps_gen])
         t, context = torch.cat([batch.t_ref, batch.t_gen]), torch.cat([batch.c, batch.c_mod])
-        base_ref, base_gen = self.denoise(self.theta_0, x_0, eps, t, context).chunk(2)
-        ref, gen = self.denoise(self.theta, x_0, eps, t, context).chunk(2)
+        base_ref, base_gen = self.error(self.theta_0, x_0, eps, t, context).chunk(2)
+        ref, gen = self.error(self.theta, x_0, eps, t, context).chunk(2)
         return ref, ref, gen, base_ref, base_gen
 
 

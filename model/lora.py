@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.files.errors import CheckpointError
-from model.files.lora_file import ALPHA, DOWN, UP, adapter_name, base_of, kohya_header, read_adapters
+from model.files.lora_file import ALPHA, DOWN, UP, adapter_name, base_in_header, kohya_header, read_adapters
 from model.files.tensors import load_tensors, read_tensors
 
 PROJECTION = re.compile(r".+\.attn[12]\.(?:to_[qkv]|to_out\.0)")
@@ -86,7 +86,7 @@ def load_lora(unet: nn.Module, path: Path, read: dict[str, Tensor] | None = None
         tensors, alphas = read_adapters(path, read_tensors(path) if read is None else read)
         return _attach(unet, tensors, alphas, path).requires_grad_(False)
     except CheckpointError as error:
-        if base := base_of(path):
+        if base := base_in_header(path):
             raise CheckpointError(f"{error}; it was made for {base}") from error
         raise
 

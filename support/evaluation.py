@@ -17,7 +17,7 @@ from model.files.tensors import read_metadata
 from model.stable_diffusion import check_layout, home_of
 from subject import DREAMBENCH_NOUNS, Subject, load_subject
 from support import flags, ranks
-from support.header import base_name, base_of, digest, files_of_base, steps_and_guidance
+from support.header import base_name, digest, files_of_base, resolve_base, steps_and_guidance
 from support.pictures import check_folder
 from support.results import check_writable, warn_if_unfinished, write_json
 from support.settings import checked, count, fraction, guidance_scale, seed_number
@@ -115,7 +115,7 @@ def plan(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
     ckpt = path if args.ckpt else None
     header = read_metadata(ckpt) if ckpt else {}
     warn_if_unfinished(ckpt)
-    base = base_of(args, ckpt, header)
+    base = resolve_base(args, ckpt, header)
     check_layout(base[0])
     home = home_of(base[0])
     folders = {"clip": args.clip or home / "metrics" / "clip", "dino": args.dino or home / "metrics" / "dino"}

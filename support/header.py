@@ -2,13 +2,16 @@
 
 | keys | written from | read by |
 |---|---|---|
-| base, variant, prediction_type | flags, the base | sample.py and evaluate.py: which base, and how to read it |
-| token, noun, live | the subject | sample.py: default prompts; evaluate.py: test prompts and scored texts |
-| resolution, guidance | settings | sample.py and evaluate.py: how to draw |
+| base, variant, prediction_type | flags, the base | sample.py, evaluate.py: its base, and how to read that |
+| token, noun | the subject | sample.py: default prompts; evaluate.py: test prompts and scored texts |
+| live | the subject | evaluate.py: test prompts of living subjects or of things |
+| resolution, guidance | settings | sample.py, evaluate.py: how to draw |
 | lambda_val | settings | evaluate.py: λ of the λ-Harmonic reward |
-| lora_rank, ss_* | flags | sample.py and evaluate.py: the file is a LoRA; ss_* are kohya's names, for other tools |
-| step, reward | the kept validation | train.py --resume, and people |
-| method, version, the other settings | settings | people; evaluate.py copies them to its JSON file |
+| lora_rank | flags | sample.py, evaluate.py with --base: a LoRA takes that base's prediction type |
+| step, reward | the kept validation | train.py --resume; step also goes into PNGs |
+| version, noun, step | | train.py: only a file that has all three may be replaced by a run |
+| format, ss_* | | other tools; ss_* are kohya's names for a LoRA |
+| method and the other settings | settings | people; evaluate.py copies the header into its JSON file |
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ def base_folder(name: str) -> Path:
     return EMBEDDED_BASE if name == "weights/toy" else Path(name)
 
 
-def base_of(args: argparse.Namespace, ckpt: Path | None, header: dict) -> tuple[Path, str | None, str | None]:
+def resolve_base(args: argparse.Namespace, ckpt: Path | None, header: dict) -> tuple[Path, str | None, str | None]:
     """The base model, its variant and its prediction type: flags win, then `ckpt`'s header.
 
     Raises ValueError if no flag names the base and the header does not either, or names one that is not there.

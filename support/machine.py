@@ -28,7 +28,8 @@ Batch = TypeVar("Batch", bound=NamedTuple)
 class Machine:
     """The trained network θ and the frozen θ₀ of one run, on one device.
 
-    Without LoRA θ is a copy of the base's U-Net. With LoRA θ₀ is the same network with its adapters switched off.
+    `base_unet` is sd.unet, θ₀. Without LoRA `unet`, θ, is a copy of it. With LoRA both are the same network, whose
+    adapters are off for θ₀.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class Machine:
         else:
             self.unet = self.learned = copy.deepcopy(sd.unet)
             self.parameters = [*trained(self.unet)]
-            # conv_in too, untrained: torch 2.13 crashes in a channels-last GroupNorm whose input needs no gradient.
+            # conv_in gets a gradient even if `trained` leaves it out: torch 2.13 crashes in a channels-last GroupNorm
+            # whose weights are trained and whose input needs no gradient.
             for parameter in (*self.parameters, self.unet.conv_in.bias):
                 parameter.requires_grad_(True)
         self.unet.train()

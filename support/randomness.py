@@ -1,7 +1,7 @@
 """Every random stream of the program, in one table. A stream depends on --seed and its place alone, so a resumed run
 draws the same numbers, and no two places share theirs.
 
-| stream | entropy | who draws from it |
+| stream | entropy: the seed, the place | who draws from it |
 |---|---|---|
 | step | (seed, step, 1) | train.py, once a gradient step: photos, negatives, labels, latents, t, ε, in this order |
 | adapters | (seed, 0, 2) | the first weights of LoRA |
@@ -9,7 +9,8 @@ draws the same numbers, and no two places share theirs.
 | NEGATIVES | (seed, 3) | train.py's pictures by θ₀: negatives, or a baseline's class images |
 | VALIDATION | (seed, 4) | train.py's validation pictures, the same noise each time |
 
-sample.py is simpler: --seed itself is the first picture's seed, --seed + 1 the second's, and so on.
+DPG's critic has a generator of its own, from --seed alone. sample.py is simpler: --seed itself is the first picture's
+seed, --seed + 1 the second's, and so on.
 """
 
 from __future__ import annotations

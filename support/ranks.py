@@ -82,7 +82,10 @@ def part(n: int) -> slice:
 
 
 def weighted_part(n: int) -> tuple[slice, float]:
-    """This rank's part of a batch of n, and its weight in the mean. A rank without one repeats the first, weight 0."""
+    """This rank's part of a batch of n, and its weight in the mean: of 3 pairs on 2 ranks, 1/3 and 2/3.
+
+    A rank without a pair repeats the first, with weight 0.
+    """
     mine = part(n)
     size = mine.stop - mine.start
     return (mine if size else slice(0, 1)), size / n

@@ -3,7 +3,8 @@
 best.safetensors   the weights of the kept validation, in the public layout, with the run's settings in the header
 best.jsonl         the history: a line a step or validation
 best.png           the film strip: a row of pictures a validation
-best.state.pt      what --resume needs, from step 0 on, the more rarely the larger it is; removed at the end
+best.state.pt      what --resume needs; written at step 0 and then at validations, but not more often than PAUSE allows;
+                   removed at the end
 """
 
 from __future__ import annotations
@@ -56,12 +57,13 @@ class Record:
         self.learning = optimizer.state()  # what changes from step to step; a method may add to it
         self.history: list[dict] = []
         self.strip: list[tuple[int, float, list[Image.Image]]] = []  # step, reward, one picture a prompt
-        self.done = 0  # steps
-        self.best_step, self.best_reward = None, -math.inf
-        self.kept = None  # step and reward of the weights in the file
-        self.stale = 0  # validations since the best one
+        self.done = 0  # the step of the last validation
+        self.best_step, self.best_reward = None, -math.inf  # of the validations so far, without step 0
+        self.kept = None  # step and reward of the weights in the file; after --resume it may be of a later validation
+        self.stale = 0  # validations since the best one, for patience
         self.saved = None  # the step of the state on disk
-        self.last_state = self.clock = time.time()
+        self.last_state = time.time()  # when that state was written
+        self.clock = time.time()  # when the last row was added
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, with a progress bar; ends early when `patience` is used up."""

@@ -75,7 +75,7 @@ def resolve(settings: type[S], args: argparse.Namespace, recommended: dict, sour
     values = {}
     for field in dataclasses.fields(settings):
         key, value, origin, check = field.name, field.default, field.metadata["source"], field.metadata["check"]
-        if key == "lr" and args.lora_rank:
+        if key == "lr" and args.lora_rank:  # the only setting whose default depends on another flag
             key, value, origin = "lora_lr", LORA_LR, "usual for LoRA"
         if (given := getattr(args, field.name)) is not None:
             value, origin = given, "command line"

@@ -88,9 +88,9 @@ def prepared(args: argparse.Namespace, method: type) -> Iterator[Run]:
         prompts += " (for a person or an animal: --live)" if args.live is None and not subject.live else ""
         print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
         args.settings = resolve(method.Settings, args, *recommended(args.base))
-        short = memory.print_estimate(args, device)
+        offload = memory.print_estimate(args, device)
         sd, align = _load(args, device, subject)
-        yield assemble(args, method, subject, sd, align, BertTokenizer.from_pretrained(args.align), offload=short)
+        yield assemble(args, method, subject, sd, align, BertTokenizer.from_pretrained(args.align), offload=offload)
 
 
 def assemble(

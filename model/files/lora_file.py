@@ -71,7 +71,7 @@ def _alpha_of_peft(path: Path, tensors: Iterable[str]) -> float | None:
     return settings.get("lora_alpha")
 
 
-def base_of(path: Path) -> str | None:
+def base_in_header(path: Path) -> str | None:
     """The base model that a LoRA was made for, if its header says so."""
     return _header(path).get("base") or _header(path).get("ss_base_model_version")
 

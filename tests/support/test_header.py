@@ -32,16 +32,16 @@ def test_base_of_a_checkpoint(tmp_path):
         *[(None, read, "v_prediction") for read in (whole, lora)],
         *[(tmp_path, whole, "v_prediction"), (tmp_path, lora, None), (tmp_path, {}, None)],
     ):
-        assert header.base_of(flags(base=base), ckpt, read) == (tmp_path, None, expected)
-        assert header.base_of(flags(base=base, prediction_type="epsilon"), ckpt, read)[2] == "epsilon"
-    assert header.base_of(flags(), None, {}) == (EMBEDDED_BASE, None, None)
+        assert header.resolve_base(flags(base=base), ckpt, read) == (tmp_path, None, expected)
+        assert header.resolve_base(flags(base=base, prediction_type="epsilon"), ckpt, read)[2] == "epsilon"
+    assert header.resolve_base(flags(), None, {}) == (EMBEDDED_BASE, None, None)
     assert (
-        header.base_of(flags(), ckpt, half)[1] == "fp16"
-        and header.base_of(flags(variant="ema"), ckpt, half)[1] == "ema"
+        header.resolve_base(flags(), ckpt, half)[1] == "fp16"
+        and header.resolve_base(flags(variant="ema"), ckpt, half)[1] == "ema"
     )
     for read, words in (({}, "names no base model"), ({"base": str(tmp_path / "gone")}, "gone, which is not there")):
         with pytest.raises(ValueError, match=words):
-            header.base_of(flags(), ckpt, read)
+            header.resolve_base(flags(), ckpt, read)
 
 
 def test_steps_and_guidance(tmp_path):
