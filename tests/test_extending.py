@@ -20,7 +20,7 @@ QUICK = ("--steps", 2, "--validate-every", 2, "--images-per-prompt", 1, "--solve
 def test_the_page_runs(name, code, tmp_path, monkeypatch):
     module = types.ModuleType(name)
     monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(code, name, "exec"), module.__dict__)
+    exec(compile(code, f"<{name}>", "exec"), module.__dict__)
     base, subject = write_base(tmp_path / "base"), write_photos(tmp_path / "dog")
     monkeypatch.chdir(tmp_path)
     flags = ("train.py", "--subject", subject, "--base", base, *QUICK)
@@ -34,7 +34,7 @@ def test_the_metric_runs(tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n# saturation\.py\n(.*?)```", PAGE, re.DOTALL)[1]
     for name in ("Metrics", "TITLES"):
         monkeypatch.setattr(evaluate, name, getattr(evaluate, name))  # undone at the end
-    exec(compile(code, "saturation", "exec"), {"__name__": "saturation"})
+    exec(compile(code, "<saturation>", "exec"), {"__name__": "saturation"})
     base, subject = write_base(tmp_path / "base"), write_photos(tmp_path / "dog")
     write_metrics(base / "metrics", base / "tokenizer")
     monkeypatch.chdir(tmp_path)
