@@ -35,5 +35,5 @@ If diffusers is missing there and nothing can be downloaded, two wheels travel w
 ignores, `carry=[".whl"]`; the command begins with the second line, and a semicolon:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d .whl diffusers==0.41.0 importlib_metadata==8.7.0
-    pip install -q --no-index --no-deps --no-compile --target /tmp/site .whl/*.whl && export PYTHONPATH=/tmp/site
+    pip install -q --no-index --no-deps --no-compile --target .site .whl/*.whl && export PYTHONPATH=$PWD/.site
 """
