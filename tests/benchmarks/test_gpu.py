@@ -97,7 +97,9 @@ def test_a_part_is_stopped_when_its_time_is_over(job, tmp_path):
     run_part("parity", job)
     assert time.time() - begin < 5
     run_part("whole", job)
-    assert [row["traceback"] for row in rows_of(job, FAILED)] == ["stopped when its time was over", "no time was left"]
+    *parity, whole = rows_of(job, FAILED)  # a slow machine stops parity before its first row, a fast one after some
+    assert whole["what"] == "whole" and whole["traceback"] == "no time was left"
+    assert parity and {row["traceback"] for row in parity} <= {"stopped when its time was over", "no time was left"}
 
 
 def test_the_command_stops_in_time_and_brings_files_in_pieces(tmp_path, monkeypatch, capsys):
