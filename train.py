@@ -177,8 +177,7 @@ class RPO:
         images = self.draw(self.prompts, self.theta, VALIDATION, f"validating step {step}")
         align_i, align_t = self.reward.alignments(images, self.prompts)
         reward = self.reward.combine(align_i, align_t, self.settings.lambda_val)
-        shown = images[:: self.settings.images_per_prompt]  # the first of each prompt
-        self.record.validation(step, shown, align_i=align_i, align_t=align_t, reward=reward)
+        self.record.validation(step, images, align_i=align_i, align_t=align_t, reward=reward)
         return align_i, align_t
 
     def draw(self, prompts: list[str], unet: Callable, stream: int, title: str) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""Pictures as files with their settings, and pages of them: the grid of sample.py and the film strip of train.py."""
+"""Pictures as files with their settings, and a page of them, the grid."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 import math
 import os
 import re
-import textwrap
 import unicodedata
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from model.files.write import write_atomic
@@ -21,11 +20,10 @@ from model.unet import UNet
 from subject import PHOTO_ENDINGS, visible_files
 from support.results import check_writable
 
-GAP, INK, PAPER, KEPT = 4, (40, 40, 40), (255, 255, 255), (24, 140, 60)
+GAP, INK, PAPER = 4, (40, 40, 40), (255, 255, 255)
 PAGE = 8000  # the longest side of a page in pixels: many programs cannot open a larger one
 # As A1111 and ComfyUI call the same samplers. They have another DDPM, so ours gets a name that they do not know.
 SAMPLER_NAMES = {"dpm++": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM (rpo)"}
-ROWS = 60  # the most validations of a film strip
 
 
 def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -38,11 +36,11 @@ def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
         columns = math.ceil(len(pictures) ** 0.5)
         rows, side = -(-len(pictures) // columns), min(side, (PAGE - GAP) // columns - GAP)
     page = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), PAPER)
-    _paste(page, pictures, side, columns, GAP, GAP)
+    paste(page, pictures, side, columns, GAP, GAP)
     return page
 
 
-def _paste(page: Image.Image, pictures: Sequence[Image.Image], side: int, columns: int, left: int, top: int) -> None:
+def paste(page: Image.Image, pictures: Sequence[Image.Image], side: int, columns: int, left: int, top: int) -> None:
     """Paste pictures into a page, row by row, `side` pixels wide; the first one at (left, top)."""
     for i, picture in enumerate(pictures):
         if picture.width != side:
@@ -117,42 +115,3 @@ def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed:
         place = path.with_stem(f"{path.stem}-{number}")
     write_atomic(place, lambda temporary: temporary.write_bytes(data))
     return place
-
-
-def film_strip(
-    prompts: Sequence[str],
-    references: Sequence[Image.Image],
-    rows: Sequence[tuple[int, float, Sequence[Image.Image]]],
-    kept: int | None,
-) -> Image.Image:
-    """A run at a glance: the photos, then a row for each validation (step, reward, a picture for each prompt).
-
-    The row of the step `kept` is framed. Pictures are at most 192 pixels wide, less if the page would exceed PAGE.
-    Of more than ROWS validations it shows every second, or third, ..., the kept one and the last.
-    """
-    every = -(-len(rows) // ROWS)
-    rows = [row for i, row in enumerate(rows) if i % every == 0 or row[0] == kept or i == len(rows) - 1]
-    left, head, font = 104, 66 + 2 * GAP, ImageFont.load_default(12)
-    columns = max(len(prompts), min(len(references), 8))
-    bands = -(-len(references) // columns)  # rows of photos
-    side = min(192, references[0].width, (PAGE - left) // columns - GAP)
-    side = min(side, (PAGE - head) // (bands + len(rows)) - GAP)
-    cell = side + GAP
-    page = Image.new("RGB", (left + columns * cell, head + (bands + len(rows)) * cell), PAPER)
-    pen = ImageDraw.Draw(page)
-
-    _paste(page, references, side, columns, left, GAP)
-    pen.multiline_text((8, GAP + side // 2 - 22), "your photos", INK, font)
-    for i, prompt in enumerate(prompts):
-        text = textwrap.fill(prompt, max(8, side // 7))
-        pen.multiline_text((left + i * cell, bands * cell + 2 * GAP), text, INK, font, spacing=1)
-    top = head - GAP + bands * cell
-    for step, reward, pictures in rows:
-        _paste(page, pictures, side, columns, left, top)
-        text = f"{f'step {step}' if step else 'the base'}\nreward\n{reward:.4f}"
-        if step == kept:
-            text += "\nKEPT"
-            pen.rectangle((1, top - 3, page.width - 1, top + side + 2), outline=KEPT, width=3)
-        pen.multiline_text((8, top + side // 2 - 22), text, KEPT if step == kept else INK, font)
-        top += cell
-    return page

@@ -28,8 +28,8 @@ from model.files.errors import CheckpointError, is_out_of_memory
 from model.files.tensors import read_metadata
 from model.files.write import save_tensors, write_atomic
 from support import ranks
+from support.film_strip import Validation, film_strip, title_of
 from support.machine import Optimizer, own_averages
-from support.pictures import film_strip
 from support.results import STATE
 
 PAUSE = 20e-9  # seconds a byte between two states: of SD 1.5's whole U-Net 200 s, of the embedded one's 2
@@ -56,7 +56,7 @@ class Record:
         self.prompts, self.photos, self.optimizer, self.settings = prompts, photos, optimizer, settings
         self.learning = optimizer.state()  # what changes from step to step; a method may add to it
         self.history: list[dict] = []
-        self.strip: list[tuple[int, float, list[Image.Image]]] = []  # step, reward, one picture a prompt
+        self.strip: list[Validation] = []  # the film strip's rows
         self.done = 0  # the step of the last validation
         self.best_step, self.best_reward = None, -math.inf  # of the validations so far, without step 0
         self.kept = None  # step and reward of the weights in the file; after --resume it may be of a later validation
@@ -86,16 +86,18 @@ class Record:
         self.similarity = row["similarity"]
         self._add(step, row)
 
-    def validation(self, step: int, images: list[Image.Image], **scores: Tensor) -> None:
-        """Add a validation: the mean of each score, "reward" among them, and a picture a prompt for the film strip.
+    def validation(self, step: int, pictures: list[Image.Image], **scores: Tensor) -> None:
+        """Add a validation: its pictures, as many of each prompt, and their scores (pictures,), "reward" among them.
 
-        The weights are kept if the reward is the highest so far, or, with --keep-last, always; step 0, the base, is
-        never kept. So the first validation after it always is. Raises ValueError if a file cannot be written.
+        The first picture of each prompt goes to the film strip. The weights are kept if the mean reward is the highest
+        so far, or, with --keep-last, always; step 0, the base, is never kept. So the first validation after it always
+        is. Raises ValueError if a file cannot be written.
         """
         row = {name: score.mean().item() for name, score in scores.items()}
         row = ranks.mean(row, 1 / ranks.world_size())  # all processes must agree on the best
         self._add(step, row)
-        self.strip.append((step, row["reward"], images))
+        first = slice(None, None, len(pictures) // len(self.prompts))
+        self.strip.append(Validation(step, row, pictures[first], scores["reward"][first].tolist()))
         better = step > 0 and (self.settings.keep_last or row["reward"] > self.best_reward)
         self.stale = 0 if better or step == 0 else self.stale + 1
         if better:
@@ -104,9 +106,8 @@ class Record:
         if ranks.rank() == 0:
             self._write(better)
         ranks.barrier()  # so that an error in another process does not end rank 0 while it writes
-        numbers = "  ".join(f"{name.upper().replace('_', '-')} {row[name]:.4f}" for name in row if name != "reward")
         note = "  kept" if better else "  (the base)" if step == 0 else ""
-        tqdm.write(f"step {step:4d}  {numbers}  reward {row['reward']:.4f}{note}")
+        tqdm.write(f"step {step:4d}  {'  '.join(f'{title_of(name)} {row[name]:.4f}' for name in row)}{note}")
 
     def _add(self, step: int, row: dict) -> None:
         """Add a row to the history, with the seconds since the row before; the first has everything before it."""
@@ -132,7 +133,7 @@ class Record:
         # The first at once: it replaces an older run's, and a checkpoint without a state is of a finished run.
         if self.saved is not None and time.time() - self.last_state < PAUSE * size:
             return
-        strip = [(step, reward, torch.from_numpy(np.stack(images))) for step, reward, images in self.strip]
+        strip = [tuple(row._replace(pictures=torch.from_numpy(np.stack(row.pictures)))) for row in self.strip]
         best = (self.best_step, self.best_reward, self.stale)
         state = {"run": self.identity, "step": self.done, "best": best, "history": self.history, "strip": strip}
         write_atomic(self.ckpt.with_suffix(STATE), lambda path: torch.save(state | parts, path))
@@ -174,8 +175,9 @@ class Record:
         if self.best_step:
             header = read_metadata(self.ckpt)  # it may be of a later validation than the state
             self.kept = int(header["step"]), float(header["reward"])
-        for step, reward, images in state["strip"]:
-            self.strip.append((step, reward, [Image.fromarray(image) for image in images.numpy()]))
+        for row in map(Validation._make, state["strip"]):
+            pictures = [Image.fromarray(picture) for picture in row.pictures.numpy()]
+            self.strip.append(row._replace(pictures=pictures))
         self.history = state["history"]
         self.done = self.saved = state["step"]
 

@@ -29,8 +29,8 @@ from model.tokenizer import BertTokenizer
 from reward import Reward
 from subject import load_photos, load_subject
 from support import memory, randomness, results
+from support.film_strip import film_strip
 from support.header import VERSION
-from support.pictures import film_strip
 
 # ---------------------------------------------------------------------------------------------- what a run leaves
 
@@ -47,8 +47,10 @@ def test_the_result_is_the_best_validation_and_loads_strictly(done, world):
     assert same(sd.unet.state_dict(), trainer.seen[best]) and not same(trainer.seen[0], trainer.seen[best])
     page = film_strip(trainer.subject.training_prompts, trainer.photos, trainer.record.strip, best)
     assert Image.open(folder / "best.png").tobytes() == page.tobytes()
-    assert [step for step, *_ in trainer.record.strip] == [0, 2, 4]
-    assert [row for *_, row in trainer.record.strip] == [images[::2] for *_, images in trainer.drawn[1:]]
+    assert [row.step for row in trainer.record.strip] == [0, 2, 4]
+    for row, (_, prompts, images) in zip(trainer.record.strip, trainer.drawn[1:], strict=True):
+        assert row.pictures == images[::2]
+        assert row.rewards == trainer.reward(images, prompts, 0.3)[::2].tolist()
 
 
 def test_header(done, world):

@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from support.pictures import GAP, KEPT, PAGE, PAPER, check_folder, film_strip, grid, picture_name, save_png
+from support.pictures import GAP, PAGE, PAPER, check_folder, grid, picture_name, save_png
 
 
 def plain(*colour, side=16):
@@ -85,38 +85,3 @@ def test_a_large_grid_is_wrapped(count, columns, side, wide, shown):
     for i, colour in enumerate(colours):
         row, column = divmod(i, wide)
         assert page.getpixel((GAP + column * cell + shown // 2, GAP + row * cell + shown // 2)) == colour
-
-
-@pytest.mark.parametrize("side", [16, 128, 512])
-def test_film_strip_has_the_photos_and_a_row_a_validation(side):
-    """Each picture is found in its row and column by its colour; the kept row alone has the frame."""
-    photos = [plain(250, i, 0, side=side) for i in range(3)]
-    rows = [(step, 0.5, [plain(step, i, 200, side=side) for i in range(8)]) for step in (0, 40, 80)]
-    page = film_strip([f"prompt {i} of a [V] dog" for i in range(8)], photos, rows, 40)
-    colours = {colour for _, colour in page.getcolors(page.width * page.height)}
-    assert {(250, i, 0) for i in range(3)} <= colours
-    assert {(step, i, 200) for step in (0, 40, 80) for i in range(8)} <= colours
-
-    def top(colour):
-        return min(y for y in range(page.height) for x in range(page.width) if page.getpixel((x, y)) == colour)
-
-    if side == 16:  # looking at every pixel takes a while
-        tops = [top((250, 0, 0)), *(top((step, 3, 200)) for step in (0, 40, 80))]
-        assert tops == sorted(set(tops))
-    framed = [y for y in range(page.height) if page.getpixel((page.width - 2, y)) == KEPT]
-    shown = min(side, 192)
-    assert shown <= len(framed) <= shown + 8
-    without = film_strip(["p"] * 8, photos, rows, None)
-    assert all(without.getpixel((page.width - 2, y)) != KEPT for y in range(page.height))
-
-
-@pytest.mark.parametrize(("photos", "validations"), [(200, 11), (1000, 3), (5, 401)])
-def test_a_long_film_strip_is_wrapped(photos, validations):
-    """All photos are there, and of many validations the first, the kept one and the last."""
-    references = [plain(250, i % 256, i // 256, side=192) for i in range(photos)]
-    rows = [(step, 0.5, [plain(step % 256, step // 256, 200, side=16)] * 8) for step in range(validations)]
-    page = film_strip(["a [V] dog"] * 8, references, rows, validations - 4)
-    assert max(page.size) <= PAGE
-    colours = {colour for _, colour in page.getcolors(page.width * page.height)}
-    assert {picture.getpixel((0, 0)) for picture in references} <= colours
-    assert {(step % 256, step // 256, 200) for step in (0, validations - 4, validations - 1) if step >= 0} <= colours

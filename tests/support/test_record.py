@@ -34,3 +34,19 @@ def test_patience_that_is_used_up_stops_a_resumed_run_at_once(tmp_path, capsys):
         assert [*resumed.steps()] == []
     out = capsys.readouterr().out
     assert "resuming after step 3" in out and "stopped: 2 validations" in out and "kept step 1" in out
+
+
+def test_the_strip_shows_each_prompts_first_picture_with_its_own_reward(tmp_path):
+    """After --resume too."""
+    pictures = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(6)]
+    rewards = torch.arange(6) / 8
+    record = new_record(tmp_path, patience=None)
+    record.prompts = ["a dog", "a cat"]
+    with pytest.raises(KeyboardInterrupt), record.session(False):
+        record.validation(0, pictures, align_i=1 - rewards, reward=rewards)
+        raise KeyboardInterrupt
+    resumed = new_record(tmp_path, patience=None)
+    resumed.resume()
+    for row in (*record.strip, *resumed.strip):
+        assert row == (0, {"align_i": 0.6875, "reward": 0.3125}, [pictures[0], pictures[3]], [0, 3 / 8])
+    assert len(resumed.strip) == 1
