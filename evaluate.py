@@ -170,7 +170,7 @@ class Evaluator:
             self.sd.precision = PRECISIONS[self.precision]
             self.loaded = job.base, job.folders, lora
         if job.ckpt:
-            self.sd.load_unet(job.ckpt)
+            self.sd.load_checkpoint(job.ckpt)
         machine.round_frozen(self.sd.unet, self.sd.precision)
 
 

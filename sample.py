@@ -52,7 +52,7 @@ def load(args: argparse.Namespace, base: tuple[Path, str | None, str | None], de
     sd = StableDiffusion.from_pretrained(path, device, variant, prediction_type)
     sd.precision = PRECISIONS[machine.precision(args.precision, device)]
     if args.ckpt:
-        sd.load_unet(args.ckpt)
+        sd.load_checkpoint(args.ckpt)
     return sd
 
 

@@ -51,6 +51,7 @@ class Settings:
     seed: int = ours(0, seed_number, "fixes every random draw")
 
     pictures_a_pair: ClassVar[int] = 2  # in a pass of θ, for the memory's estimate
+    also_trained: ClassVar[tuple[str, ...]] = ()  # parts of the base that learn besides the U-Net
     weight_decay: ClassVar[float] = 0.01  # the paper's
     clip_norm: ClassVar[float] = 1.0  # the paper's
 

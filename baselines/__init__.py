@@ -10,6 +10,9 @@ A baseline is a subclass of train.RPO in baselines/NAME.py, named there as METHO
 A batch is a NamedTuple of tensors (n, ...), n pairs a step, or None. It has the fields `p` and `label`, None if there
 are no labels. `Settings.pictures_a_pair` says how many pictures θ sees for a pair, for the estimate of memory.
 
+`Settings.also_trained` names parts of the base that learn too, such as "text_encoder". They are in the checkpoint, and
+in self.sd once prepare() has called `machine.free_base()`.
+
 The loop, validation, files, --resume, LoRA and several processes are train.py's. Something else that learns, such as a
 critic, is added to `self.record.learning`, so that --resume restores it.
 """

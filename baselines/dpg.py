@@ -17,7 +17,8 @@ better than 0.9986. DINO was never released: r and the added ℓ(θ; x_ref) (the
 here; it ablates 0.1 and 1) are from two published notes on the paper, which agree; γ^t with DINO is our guess.
 
 How this differs from the paper's setting, for it is compared in our loop, with our steps and learning rate:
-- Only the U-Net learns; the paper trains the text encoder too, for 1,000 steps at 1e-6, with 8 class images.
+- Only the U-Net learns; the paper trains the text encoder too (--train-text-encoder), for 1,000 steps at 1e-6, with 8
+  class images.
 - The paper's Q adds up the discounted rewards of the steps to come, Q(x_t) = r + γ Q(x_{t-1}) (by the same notes). The
   release and we look at one t at a time, weighted by γ^t, each sample by its own t (the release: all by the first's).
 - The release's critic is a convolution to one channel and two linear layers for 64x64 latents (0.26 M), in half
@@ -37,7 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from baselines.dreambooth import DreamBooth, DreamBoothSettings, PriorBatch, both
+from baselines.dreambooth import DreamBooth, DreamBoothSettings, PriorBatch
 from model.dino import DINO
 from model.stable_diffusion import home_of
 from reward import Reward, unit_features
@@ -140,7 +141,7 @@ class DPG(DreamBooth):
 
     def loss(self, batch: PriorBatch) -> DPGLoss:
         """One step of the critic, then the policy's loss under the critic that has just learned."""
-        x_0, eps, t, context = both(batch)
+        x_0, eps, t, context = self.both(batch)
         scheduler, n = self.sd.scheduler, len(batch.photo)
         x_t = scheduler.add_noise(x_0, eps, t)
         prediction = self.theta(x_t, t, context)

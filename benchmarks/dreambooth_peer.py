@@ -125,7 +125,7 @@ def score(
     sd: StableDiffusion, metrics: Metrics, subject: Subject, unet: Path, images: int, seed: int, settings: dict
 ) -> dict[str, float]:
     """DINO, CLIP-I and CLIP-T of a U-Net on the 25 test prompts, `images` pictures each."""
-    sd.load_unet(unet)
+    sd.load_checkpoint(unet)
     prompts = [prompt for prompt in subject.test_prompts for _ in range(images)]
     seeds = [1000 * seed + i for i in range(len(prompts))]
     scores = metrics(sd.generate(prompts, seeds, settings["solver_steps"], settings["guidance"]), prompts)

@@ -32,13 +32,14 @@ from model.vae import VAE, VAEConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAST_CHANNELS_LAST = ("cpu", "cuda")  # measured on CPUs; for GPUs NVIDIA recommends it with half precision
+TEXT_ENCODER = "text_encoder."  # before a trained text encoder's own keys in a checkpoint
 BYTES_A_PIXEL = 600  # that Stable Diffusion's U-Net needs to draw a picture in half precision, with guidance: counted
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, t, context) -> prediction
 
 
 class StableDiffusion:
-    """The parts of a base model on one device. `unet` may be trained or replaced; the rest stays as it was loaded.
+    """The parts of a base model on one device. `unet` and `text_encoder` may be trained or replaced.
 
     May be set: `precision`, the dtype of the U-Net's arithmetic (bf16 on an NVIDIA GPU, else fp32), and `image_size`,
     the pictures' side in pixels (the one that the base was trained on).
@@ -69,6 +70,7 @@ class StableDiffusion:
         self.text_encoder = text_encoder.to(self.device)
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self._contexts: dict[str, Tensor] = {}  # prompt -> (77, width)
+        self._base_text: dict[str, Tensor] = {}  # the base's text encoder, once a checkpoint has brought another
 
     @classmethod
     def from_pretrained(
@@ -96,18 +98,26 @@ class StableDiffusion:
         text_encoder = CLIPTextEncoder.from_pretrained(base / "text_encoder", variant=variant)
         return cls(unet, vae, text_encoder, tokenizer, scheduler, device)
 
-    def load_unet(self, path: Path) -> None:
+    def load_checkpoint(self, path: Path) -> None:
         """Load a checkpoint of train.py: a whole U-Net, or a LoRA, which is added to the base's own weights.
 
-        An earlier LoRA is removed. Raises CheckpointError if the file does not fit this base.
+        The file of a whole U-Net may hold a text encoder too; without one, the base's own is used. An earlier LoRA is
+        removed. Raises CheckpointError if the file does not fit this base.
         """
         remove_lora(self.unet)
-        tensors = read_tensors(path)
+        tensors, text = read_tensors(path), {}
         if is_lora(tensors):
             load_lora(self.unet, path, read=tensors)
         else:
+            keys = [key for key in tensors if key.startswith(TEXT_ENCODER)]
+            text = {key.removeprefix(TEXT_ENCODER): tensors.pop(key) for key in keys}
             load_tensors(self.unet, tensors, path)
         self.unet.to(self.device, memory_format=self.layout)
+        if text or self._base_text:
+            self._base_text = self._base_text or self.text_encoder.state_dict()
+            load_tensors(self.text_encoder, text or self._base_text, path)
+            self.text_encoder.to(self.device)
+            self._contexts.clear()
 
     def autocast(self):
         """Arithmetic in `precision`; the weights stay as they are.
@@ -133,10 +143,11 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 77, width): the text encoder's last hidden state. Each prompt is encoded once and kept.
-
-        Raises FloatingPointError if they are not finite.
+        """(B, 77, width): the text encoder's last hidden state. Each prompt is encoded once and kept, unless the text
+        encoder is in training mode. Raises FloatingPointError if they are not finite.
         """
+        if self.text_encoder.training:
+            self._contexts.clear()
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
             contexts = self.text_encoder(self.tokenizer(new).to(self.device))
             self._contexts.update(zip(new, check_finite(contexts, "the output of the text encoder"), strict=True))

@@ -36,6 +36,7 @@ class Machine:
         self,
         sd: StableDiffusion,
         trained: Callable[[UNet], Iterable[nn.Parameter]] = nn.Module.parameters,
+        also_trained: Sequence[str] = (),
         *,
         batch: int = 1,
         lora_rank: int | None = None,
@@ -43,7 +44,8 @@ class Machine:
         seed: int = 0,
         offloadable: Sequence[nn.Module] = (),
     ):
-        """trained: returns the parameters of θ to train; LoRA trains its adapters instead. batch: pairs a step, of all
+        """trained: returns the parameters of θ to train; LoRA trains its adapters instead. also_trained: parts of sd of
+        which copies learn too, such as "text_encoder"; `free_base` puts them into sd. batch: pairs a step, of all
         processes together. seed: of LoRA's first weights. offloadable: networks that leave the device between
         validations.
         """
@@ -61,6 +63,8 @@ class Machine:
             for parameter in (*self.parameters, self.unet.conv_in.bias):
                 parameter.requires_grad_(True)
         self.unet.train()
+        self.also = {name: copy.deepcopy(getattr(sd, name)).requires_grad_(True).train() for name in also_trained}
+        self.parameters += [parameter for network in self.also.values() for parameter in network.parameters()]
         round_frozen(self.base_unet, sd.precision)
         if checkpoint_gradients:
             self.unet.checkpoint_gradients()
@@ -79,8 +83,13 @@ class Machine:
             return self.base_unet(latents, t, context)
 
     def free_base(self) -> None:
-        """Free the memory of θ₀, for a loss that does not need it. `theta_0` cannot be called afterwards."""
+        """Free the memory of θ₀, for a loss that does not need it. `theta_0` cannot be called afterwards.
+
+        From then on sd has the parts that learn besides θ in the place of the base's.
+        """
         self.base_unet = self.sd.unet = None
+        for name, network in self.also.items():
+            setattr(self.sd, name, network)
 
     def draw(
         self, unet: Denoiser, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, title: str
@@ -105,8 +114,11 @@ class Machine:
         return tensor.to(self.sd.device, non_blocking=True)
 
     def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: θ, or its adapters."""
-        return lora_tensors(self.unet) if self.lora_rank else self.unet.state_dict()
+        """What a checkpoint holds: θ, or its adapters; of another part that learns, "text_encoder." and its key."""
+        tensors = dict(lora_tensors(self.unet) if self.lora_rank else self.unet.state_dict())
+        for name, network in self.also.items():
+            tensors |= network.state_dict(prefix=f"{name}.")
+        return tensors
 
     def _offload(self, away: bool) -> None:
         if away != self.offloaded:
@@ -159,7 +171,7 @@ class Optimizer:
 
     def state(self) -> dict:
         """What --resume restores, by name: objects with state_dict() and load_state_dict()."""
-        return {"unet": self.machine.learned, "optimizer": self.adamw, "scaler": self.scaler}
+        return {"unet": self.machine.learned} | self.machine.also | {"optimizer": self.adamw, "scaler": self.scaler}
 
 
 def precision(name: str | None, device: torch.device) -> str:

@@ -37,12 +37,13 @@ def estimate(
     precision: str = "fp32",
     lora_rank: int | None = None,
     checkpointed: bool = False,
+    also: int = 0,
 ) -> dict[str, int]:
     """Bytes at the peak of a training step, by the parts listed above, which are allocated at the same time.
 
     others: weights of the other networks. side: of the latents. pictures: in a pass of θ, on one device (three a pair
-    for RPO). checkpointed: with --checkpoint-gradients. Not counted: the libraries themselves, and what the allocator
-    loses between tensors.
+    for RPO). checkpointed: with --checkpoint-gradients. also: how many of `others` are trained too. Not counted: the
+    libraries themselves, and what the allocator loses between tensors.
     """
     half = PRECISIONS[precision] != torch.float32
     size = 2 if half else 4
@@ -62,11 +63,11 @@ def estimate(
         kept.append(sum(inputs for _, inputs in layers) if checkpointed else of_backward)
     # When backward() is at block i: what the blocks before it have kept, and the gradients of those from it on.
     peak = max(sum(kept[:i]) + sum(gradients[i:]) for i in range(len(kept) + 1))
-    step = peak + (widest if checkpointed else 0) + COPIES * max(sizes) * size
+    step = peak + (widest if checkpointed else 0) + COPIES * max(sizes) * size + 4 * also
     trained = _trained(unet)
-    parts = {"weights": size * sum(sizes) + 4 * trained, "AdamW": 8 * trained, "other networks": 4 * others}
+    parts = {"weights": size * sum(sizes) + 4 * trained, "AdamW": 8 * (trained + also), "other networks": 4 * others}
     # Everything is loaded in fp32, and θ copied, before θ₀ is rounded: that may take more than a small step.
-    loading = sum(sizes) * (4 if lora_rank else 8) + 4 * others
+    loading = sum(sizes) * (4 if lora_rank else 8) + 4 * (others + also)
     return parts | {"a step": max(step, loading - sum(parts.values()))}
 
 
@@ -95,18 +96,21 @@ def estimate_of(args: argparse.Namespace) -> dict[str, int]:
     """`estimate` for train.py's flags. Files are mapped, not read. Raises CheckpointError as loading does."""
     if args.base.is_file():
         parts, source = read_single_file(args.base, args.prediction_type), args.base
-        values, others = parts["unet"][0], [parts[name][1] for name in ("vae", "text_encoder")]
+        values, others = parts["unet"][0], {name: parts[name][1] for name in ("vae", "text_encoder")}
     else:
         source = args.base / "unet" / "config.json"
         values = read_json(source)
-        others = [read_tensors(find_weights(args.base / name, args.variant)) for name in ("vae", "text_encoder")]
-    others.append(read_tensors(find_weights(args.align)))
-    numbers = sum(tensor.numel() for part in others for tensor in part.values())
+        folders = {name: args.base / name for name in ("vae", "text_encoder")}
+        others = {name: read_tensors(find_weights(folder, args.variant)) for name, folder in folders.items()}
+    others["align"] = read_tensors(find_weights(args.align))
+    numbers = {name: sum(tensor.numel() for tensor in part.values()) for name, part in others.items()}
+    also = sum(numbers[name] for name in args.settings.also_trained)
     config, resolution = config_from(UNetConfig, values, source), args.settings.resolution
     side = math.ceil(resolution / 8) if resolution else config.sample_size  # 8: of every public VAE
     with error_context(f"the configuration of {source} describes no possible network"):
         modes = args.precision, args.lora_rank, args.checkpoint_gradients
-        return estimate(config, numbers, side, own_pairs(args) * args.settings.pictures_a_pair, *modes)
+        pictures = own_pairs(args) * args.settings.pictures_a_pair
+        return estimate(config, sum(numbers.values()), side, pictures, *modes, also)
 
 
 def own_pairs(args: argparse.Namespace) -> int:

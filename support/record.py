@@ -129,7 +129,8 @@ class Record:
     def _save_state(self) -> None:
         """Write what is needed to continue as if nothing had happened, unless the last state was written just now."""
         parts = {name: part.state_dict() for name, part in self.learning.items()}
-        size = 3 * sum(tensor.nbytes for tensor in parts["unet"].values())  # AdamW's averages are twice the weights
+        weights = self.optimizer.machine.weights().values()
+        size = 3 * sum(tensor.nbytes for tensor in weights)  # AdamW's averages are twice the weights
         # The first at once: it replaces an older run's, and a checkpoint without a state is of a finished run.
         if self.saved is not None and time.time() - self.last_state < PAUSE * size:
             return

@@ -88,6 +88,8 @@ def prepared(args: argparse.Namespace, method: type) -> Iterator[Run]:
         prompts += " (for a person or an animal: --live)" if args.live is None and not subject.live else ""
         print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
         args.settings = resolve(method.Settings, args, *recommended(args.base))
+        if args.lora_rank and (also := args.settings.also_trained):  # no file format holds both
+            raise ValueError(f"--lora-rank cannot train the {also[0].replace('_', ' ')} too: leave one out")
         offload = memory.print_estimate(args, device)
         sd, align = _load(args, device, subject)
         yield assemble(args, method, subject, sd, align, BertTokenizer.from_pretrained(args.align), offload=offload)
@@ -107,6 +109,7 @@ def assemble(
     machine = Machine(
         sd,
         method.trained,
+        settings.also_trained,
         batch=settings.batch,
         lora_rank=args.lora_rank,
         checkpoint_gradients=args.checkpoint_gradients,
@@ -115,7 +118,7 @@ def assemble(
     )
     optimizer = Optimizer(machine, settings.lr, settings.weight_decay, settings.clip_norm)
     strip = (settings.steps // settings.validate_every + 2) * len(subject.training_prompts) * 3 * sd.image_size**2
-    check_room(args.ckpt, sum(parameter.numel() for parameter in machine.learned.parameters()), strip)
+    check_room(args.ckpt, sum(tensor.numel() for tensor in machine.weights().values()), strip)
     photos, name = load_photos(subject, sd.image_size), method.__name__.lower()
     header, identity = header_of(name, args, settings, subject, sd), identity_of(name, args, settings, subject)
     record = Record(args.ckpt, header, identity, subject.training_prompts, photos, optimizer, settings)

@@ -171,7 +171,7 @@ def test_checkpoint_writes_what_it_says(measure, ckpt, base, dog):
 
     # The pictures are the checkpoint's; the numbers are those of the very files.
     sd = StableDiffusion.from_pretrained(base)
-    sd.load_unet(ckpt)
+    sd.load_checkpoint(ckpt)
     images = [Image.open(folder / row["file"]).convert("RGB") for row in rows]
     again = sd.generate(prompts[3:4], [rows[3]["seed"]], steps=1, guidance=3)[0]
     assert np.abs(np.asarray(again).astype(int) - np.asarray(images[3])).max() <= 1  # another batch: rounding

@@ -78,7 +78,7 @@ def test_checkpoint_alone_says_base_subject_guidance_and_size(run, base, ckpt, e
     drawn = parameters(Path("outputs") / names[0])
     assert drawn["prompt"] == "a photo of a [V] dog" and drawn["CFG scale"] == "3"
     sd = StableDiffusion.from_pretrained(base)
-    sd.load_unet(ckpt)
+    sd.load_checkpoint(ckpt)
     again = sd.generate(["a photo of a [V] dog"], [0], steps=1, guidance=3)[0]
     difference = np.abs(np.asarray(again).astype(int) - np.asarray(Image.open(Path("outputs") / names[0])))
     assert difference.max() <= 1  # another batch: rounding

@@ -39,7 +39,7 @@ def test_the_result_is_the_best_validation_and_loads_strictly(done, world):
     folder, trainer = done
     assert files_in(folder) == RESULT
     sd = StableDiffusion.from_pretrained(world / "base")
-    sd.load_unet(folder / "best.safetensors")  # raises if a key is missing, extra or of a wrong shape
+    sd.load_checkpoint(folder / "best.safetensors")  # raises if a key is missing, extra or of a wrong shape
     scored = {row["step"]: row["reward"] for row in validations(history(folder)) if row["step"] > 0}
     best = max(scored, key=scored.get)
     assert list(scored) == [2, 4] and read_metadata(folder / "best.safetensors")["step"] == str(best)

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import call
-from trainings import QUICK, history, steps, validations, watched
+from safetensors.torch import load_file
+from tiny import call, error_line, files_in
+from trainings import QUICK, copied, history, same, same_results, steps, stopped, validations, watched
 
 import baselines.__main__
+import sample
 import train
 from baselines.dreambooth import DreamBooth, dreambooth_loss
+from model.files.single_file import read_single_file
 from model.files.tensors import read_metadata
+from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
 from support import randomness
 
@@ -70,6 +74,88 @@ def test_a_run_learns_the_photos_and_the_class(run, world, tmp_path):
             prediction = unet(x_t, t[k : k + 1], context[k : k + 1])
             error += (prediction - eps[k]).square().mean().item() / 4
         assert rows[0][name] == pytest.approx(error, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- the text encoder
+
+
+BOTH = (*FEW, "--train-text-encoder", "--keep-last", "--ckpt", "both/best.safetensors")
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    """A run that trains the text encoder too: its DreamBooth and its checkpoint."""
+    assert run(*BOTH, method=Watched) == 0
+    return Watched.last, tmp_path / "both" / "best.safetensors"
+
+
+def test_the_checkpoint_holds_the_text_encoder_too(trained, world):
+    """What it draws is what the last validation drew. A checkpoint without one has the base's again."""
+    trainer, ckpt = trained
+    sd = StableDiffusion.from_pretrained(world / "base")
+    base, texts = copied(sd.text_encoder.state_dict()), ["a photo of [V] dog", ""]
+    before = sd.encode_prompts(texts)
+    sd.load_checkpoint(ckpt)
+    assert same(sd.unet.state_dict(), trainer.machine.unet.state_dict())
+    assert same(sd.text_encoder.state_dict(), trainer.sd.text_encoder.state_dict())
+    assert all((tensor != base[name]).any() for name, tensor in sd.text_encoder.state_dict().items())
+    assert not torch.isclose(sd.encode_prompts(texts), before, atol=1e-3).all()
+    stream, prompts, images = trainer.drawn[-1]
+    assert stream == randomness.VALIDATION
+    seeds = randomness.picture_seeds(0, stream, len(prompts))
+    assert sd.generate(prompts, seeds, steps=1) == images  # --solver-steps 1, as the run
+
+    plain = {name: tensor for name, tensor in load_file(ckpt).items() if not name.startswith("text_encoder.")}
+    save_tensors(plain, other := ckpt.with_name("plain.safetensors"))
+    for path in (other, ckpt, other):
+        sd.load_checkpoint(path)
+    assert same(sd.text_encoder.state_dict(), base) and torch.equal(sd.encode_prompts(texts), before)
+    assert same(sd.unet.state_dict(), plain)
+
+
+def test_a_step_trains_both_by_one_adamw(run, world, tmp_path):
+    """The first step again, with torch alone. It has the gradient's sign, so rounding turns a few weights around."""
+    assert run(*BOTH, "--steps", 1, "--lr", 0.01, method=Watched) == 0
+    trainer, sd = Watched.last, StableDiffusion.from_pretrained(world / "base")
+    parameters = [*sd.unet.requires_grad_(True).parameters(), *sd.text_encoder.requires_grad_(True).parameters()]
+    adamw, batch = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01, fused=True), trainer.batch(1)
+    total = 0
+    for prompt, x_0, eps, t in (
+        ("a photo of [V] dog", batch.x_ref, batch.eps_ref, batch.t_ref),
+        ("a photo of a dog", batch.x_class, batch.eps_class, batch.t_class),
+    ):
+        context = sd.text_encoder(sd.tokenizer([prompt]))
+        total = total + (sd.unet(sd.scheduler.add_noise(x_0, eps, t), t, context) - eps).square().mean()
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    assert steps(history(tmp_path / "both"))[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    adamw.step()
+    for ours, theirs in ((trainer.machine.unet, sd.unet), (trainer.sd.text_encoder, sd.text_encoder)):
+        apart = torch.cat(
+            [(a - b).abs().flatten() for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)]
+        )
+        assert (apart < 1e-4).float().mean() > 0.98
+
+
+def test_resumed_is_as_if_uninterrupted(trained, run, tmp_path):
+    """The base's text encoder draws the class images again, not the trained one."""
+    options = (*BOTH, "--ckpt", "best.safetensors")
+    assert run(*options, method=stopped(4, method=DreamBooth)) == 130
+    assert run(*options, "--resume", method=DreamBooth) == 0
+    assert same_results(tmp_path, tmp_path / "both")
+
+
+def test_lora_with_the_text_encoder_is_refused(run, tmp_path, capsys):
+    assert run(*BOTH, "--lora-rank", 2, baseline="dreambooth") == 2
+    assert "text encoder too: leave one out" in error_line(capsys)
+    assert files_in(tmp_path) in ([], ["both"])
+
+
+def test_an_export_holds_the_trained_text_encoder(trained, tmp_path, monkeypatch):
+    trainer, ckpt = trained
+    assert call(sample, monkeypatch, "--ckpt", ckpt, "--export-single", tmp_path / "whole.safetensors") == 0
+    _, tensors = read_single_file(tmp_path / "whole.safetensors")["text_encoder"]
+    assert same(tensors, {name: tensor.half() for name, tensor in trainer.sd.text_encoder.state_dict().items()})
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -36,6 +36,15 @@ def test_estimate_counts_the_weights():
         assert estimated(lora_rank=16, **grown)["a step"] > 1.4 * lora["a step"]
 
 
+def test_estimate_counts_what_is_trained_besides_the_unet():
+    """In fp32: AdamW's two averages and the gradient; the weights are among the other networks'."""
+    more, without = estimated(also=1000), estimated()
+    assert {name: more[name] - without[name] for name in more if more[name] != without[name]} == {
+        "AdamW": 8000,
+        "a step": 4000,
+    }
+
+
 def test_estimate_of_the_modes():
     """The goals: at 512 px in bf16, 18 GB for the whole U-Net, 10 for LoRA, 6 with gradient checkpointing."""
     modes = [(None, False), (None, True), (16, False), (16, True)]
@@ -69,7 +78,7 @@ def flags(batch=4, resolution=None, **changed):
         "base": TOY,
         "align": TOY / "reward",
     }
-    settings = SimpleNamespace(batch=batch, resolution=resolution, pictures_a_pair=2)
+    settings = SimpleNamespace(batch=batch, resolution=resolution, pictures_a_pair=2, also_trained=())
     return argparse.Namespace(**given | {"variant": None, "prediction_type": None, "settings": settings} | changed)
 
 

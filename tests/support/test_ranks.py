@@ -123,7 +123,7 @@ def test_variables_without_a_launcher_are_one_line(monkeypatch, capsys):
 RUNS = {  # name: method, options
     "uneven": (train.RPO, ("--batch", 3)),
     "fewer": (train.RPO, ("--batch", 1, "--images-per-prompt", 1, "--lora-rank", 2)),  # pairs than processes
-    "critic": (DPG, ("--batch", 3, "--class-images", 1)),  # class images than processes
+    "critic": (DPG, ("--batch", 3, "--class-images", 1, "--train-text-encoder")),  # class images than processes
 }
 
 
