@@ -44,11 +44,8 @@ from model.stable_diffusion import home_of
 from reward import Reward, unit_features
 from rpo import denoising_loss
 from support import ranks
-from support.machine import own_averages
 from support.settings import fraction, ours
 from support.start import Run
-
-REWARDS = ("look-forward", "dino")
 
 
 class DPGLoss(NamedTuple):
@@ -112,7 +109,7 @@ def policy_loss(critic: nn.Module, residual: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DPGSettings(DreamBoothSettings):
-    dpg_reward: str = ours("look-forward", REWARDS, "what the critic learns")
+    dpg_reward: str = ours("look-forward", ("look-forward", "dino"), "what the critic learns")
     gamma: float = ours(0.9986, fraction, "γ: γ^t weighs the critic")
 
 
@@ -128,7 +125,7 @@ class DPG(DreamBooth):
         super().__init__(run, reward)
         self.critic = Critic(run.sd.unet.config.in_channels, seed=run.settings.seed).to(run.sd.device)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.critic_lr, weight_decay=0.01)
-        self.record.learning["method"] = self  # state_dict and load_state_dict below
+        self.record.learning |= {"critic": self.critic, "critic_optimizer": self.critic_optimizer}  # for --resume
         self.dino = None
         if self.settings.dpg_reward == "dino":
             self.dino = DINO.from_pretrained(home_of(run.base) / "metrics" / "dino").to(run.sd.device)
@@ -175,16 +172,6 @@ class DPG(DreamBooth):
         ranks.average_gradients(self.critic.parameters(), self.machine.weight)
         self.critic_optimizer.step()
         return loss.detach()
-
-    def state_dict(self) -> dict:
-        """The critic and its optimizer, for --resume."""
-        return {"critic": self.critic.state_dict(), "optimizer": self.critic_optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """The inverse of `state_dict`."""
-        self.critic.load_state_dict(state["critic"])
-        self.critic_optimizer.load_state_dict(state["optimizer"])
-        own_averages(self.critic_optimizer)
 
 
 METHOD = DPG

@@ -81,21 +81,20 @@ def picture_name(prompt: str, seed: int) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if pictures cannot be written there, or if it is a folder of the user's photos.
+    """Raise ValueError if pictures cannot be written there, or if it has pictures and none is ours.
 
-    The next training would take our pictures for photos. A folder that has a grid of ours holds our pictures.
+    They may be photos, and the next training would take ours for photos too. A run's film strip is nobody's photo.
     """
     check_writable(folder / "grid.png")
-    if not folder.is_dir() or any(map(_is_ours, folder.glob("grid*.png"))):
-        return
-    for photo in visible_files(folder):
-        strip = photo.with_suffix(".jsonl").is_file()  # the film strip of a run
-        if photo.suffix.lower() in PHOTO_ENDINGS and not strip and not _is_ours(photo):
-            raise ValueError(f"{photo} is a picture of yours, and {folder} no place for ours: give another --out")
+    files = visible_files(folder) if folder.is_dir() else []
+    pictures = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
+    pictures = [path for path in pictures if not path.with_suffix(".jsonl").is_file()]
+    if pictures and not any(map(_is_ours, pictures)):
+        raise ValueError(f"{pictures[0]} is a picture of yours, and {folder} no place for ours: give another --out")
 
 
 def _is_ours(path: Path) -> bool:
-    return path.is_file() and b"parameters\0" in path.read_bytes()[:1024]  # Pillow would refuse large pages
+    return b"parameters\0" in path.read_bytes()[:1024]  # Pillow would refuse large pages
 
 
 def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed: int) -> Path:

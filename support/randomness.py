@@ -4,6 +4,7 @@ draws the same numbers, and no two places share theirs.
 | stream | entropy: the seed, the place | who draws from it |
 |---|---|---|
 | step | (seed, step, 1) | train.py, once a gradient step: photos, negatives, labels, latents, t, ε, in this order |
+| step | (seed, 2^31 + step, 1) | baselines/release.py: the negatives' t |
 | adapters | (seed, 0, 2) | the first weights of LoRA |
 | TEST | (seed, 2) | evaluate.py's pictures |
 | NEGATIVES | (seed, 3) | train.py's pictures by θ₀: negatives, or a baseline's class images |

@@ -171,7 +171,8 @@ class Record:
     def _load(self, state: dict) -> None:
         for name, part in self.learning.items():
             part.load_state_dict(state[name])
-        own_averages(self.optimizer.adamw)
+            if isinstance(part, torch.optim.Optimizer):
+                own_averages(part)
         self.best_step, self.best_reward, self.stale = state["best"]
         if self.best_step:
             header = read_metadata(self.ckpt)  # it may be of a later validation than the state

@@ -100,12 +100,12 @@ def test_the_release_can_be_run_for_comparison(run, tmp_path):
     assert run("--batch", 3, "--ckpt", "release.safetensors", method=watched_release) == 0
     trainer = watched_release.last
     batch, again = trainer.batch(1), trainer.batch(1)
-    assert all(map(torch.equal, batch, again)) and not torch.equal(batch.t_ref, batch.t_gen)
+    assert all(map(torch.equal, batch, again)) and not torch.equal(*batch.t.unbind(1))
     assert not torch.equal(batch.eps_ref, batch.eps_gen)
     asked = []
     trainer.theta = lambda x_t, t, context: asked.append((t, context)) or x_t
     similarity, ref, *_ = trainer.losses(batch)
-    assert torch.equal(similarity, ref) and torch.equal(asked[0][0], torch.cat([batch.t_ref, batch.t_gen]))
+    assert torch.equal(similarity, ref) and torch.equal(asked[0][0], torch.cat(batch.t.unbind(1)))
     assert torch.equal(asked[0][1], torch.cat([batch.c, batch.c_mod]))
     assert read_metadata(tmp_path / "release.safetensors")["method"] == "release"
 
