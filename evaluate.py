@@ -25,10 +25,10 @@ from tqdm import tqdm
 from model.align import ALIGN
 from model.clip import CLIP
 from model.dino import DINO
+from model.files.photo import open_photo
 from model.stable_diffusion import PRECISIONS, StableDiffusion
 from model.tokenizer import BertTokenizer, CLIPTokenizer
 from reward import Reward, lambda_harmonic, strip_token, unit_features
-from subject import open_photo
 from support import evaluation, flags, machine, ranks
 from support.evaluation import Job
 from support.pictures import drawn_with, grid, picture_name, save_png

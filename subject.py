@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
-import zlib
-from contextlib import suppress
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image
+
+from model.files.photo import PHOTO_ENDINGS, SubjectError, open_photo
 
 _PLACES = (
     "in the jungle, in the snow, on the beach, on a cobblestone street, on top of pink fabric, "
@@ -78,18 +75,6 @@ _ANIMALS = (
 _PEOPLE = "person man woman boy girl child baby wife husband daughter son mother father sister brother"
 LIVE_NOUNS = frozenset(_ANIMALS.split() + _PEOPLE.split())
 _LIFELESS = {"toy", "plush", "plushie", "stuffed", "teddy", "rubber", "hot", "figurine", "statue"}  # "teddy bear"
-
-_READ_BY_PILLOW = (
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .avif .gif .bmp .dib .tif .tiff .jp2 .j2k .j2c .jpc .jpf .jpx .tga "
-    ".ppm .pgm .pbm .pnm .pcx .psd .qoi .sgi"
-)
-PHOTO_ENDINGS = frozenset(_READ_BY_PILLOW.split())
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")  # texts that Pillow reads for it
-
-
-class SubjectError(ValueError):
-    """A subject that cannot be used. The message is one line: what is wrong, where, what to do."""
 
 
 @dataclass(frozen=True)
@@ -174,105 +159,3 @@ def visible_files(folder: Path) -> list[Path]:
 def load_photos(subject: Subject, size: int) -> list[Image.Image]:
     """The subject's photos, in order, as `open_photo` returns them."""
     return [open_photo(photo, size) for photo in subject.photos]
-
-
-def open_photo(path: Path | str, size: int | None = None) -> Image.Image:
-    """A photo as an 8-bit RGB image of size x size pixels, by default in its own resolution.
-
-    It is turned upright by its EXIF orientation and cut to the largest centred square; the colours of its ICC profile,
-    such as an iPhone's Display P3, become sRGB; transparency becomes white; it is resized with Lanczos.
-    Raises SubjectError if the file is not a whole image, or has too many pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about metadata and many pixels
-            image = _open(Path(path).read_bytes(), size)
-            with suppress(Exception):  # broken EXIF; in place, it turns the image before it rewrites the EXIF
-                ImageOps.exif_transpose(image, in_place=True)
-            square = _centred_square(image)
-        size = size or square.width
-        return square.resize((size, size), Image.Resampling.LANCZOS)
-    except Exception as error:  # for bad data Pillow raises OSError, SyntaxError, struct.error and others
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "damaged, or of an unknown format"
-        raise SubjectError(f"{path} is not a usable image ({reason}): replace it, shrink it or take it out") from None
-
-
-def _open(data: bytes, size: int | None) -> Image.Image:
-    """Decode an image file's content, a JPEG at 1, 1/2, 1/4 or 1/8 of its scale with at least 2 x size pixels a side.
-
-    A JPEG of more pixels than Pillow's limit is decoded at half its scale or less. Raises ValueError for other formats.
-    """
-    # Image.open would refuse a JPEG of 200 million pixels
-    image = JpegImageFile(BytesIO(data)) if data.startswith(b"\xff\xd8\xff") else _open_png(data)
-    most, short = Image.MAX_IMAGE_PIXELS, min(image.size)
-    enough = 2 * (size or short)
-    if image.width * image.height > most:
-        enough = min(enough, short // 2)
-    image.draft(None, (enough, enough))  # does nothing for other formats
-    if image.width * image.height > most:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than {most / 1e6:.0f} million")
-    image.load()
-    return image
-
-
-def _open_png(data: bytes) -> Image.Image:
-    """Open a PNG with its pixels, transparency, colour profile and orientation alone: Pillow refuses some other chunks.
-
-    Other formats are opened as they are.
-    """
-    if not data.startswith(_PNG):
-        return Image.open(BytesIO(data))
-    kept, profile, place = [_PNG], None, len(_PNG)
-    while place < len(data):  # a chunk is length, kind, content, checksum
-        length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        chunk = data[place : place + length + 12]
-        place += len(chunk)
-        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") or chunk[8:].startswith(_PNG_ORIENTATIONS):
-            kept.append(chunk)  # critical chunks have a capital
-        elif kind == b"iCCP":  # name, zero, method, and the profile, which Pillow refuses if it is over 1 MB
-            with suppress(zlib.error, IndexError):
-                profile = zlib.decompressobj().decompress(chunk[8:-4].split(b"\0", 1)[1][1:], 2**26)
-    image = Image.open(BytesIO(b"".join(kept)))
-    image.info["icc_profile"] = profile
-    return image
-
-
-def _centred_square(image: Image.Image) -> Image.Image:
-    """The largest centred square of an image of any mode, as 8-bit RGB in sRGB, transparency on white."""
-    profile = image.info.get("icc_profile")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = _to_8_bits(image).crop((left, top, left + side, top + side))
-    square = _to_srgb(image, profile)
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[1] > 0:  # some programs write zeros everywhere for an opaque image
-            square.putalpha(alpha)
-            square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
-    return square
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Deep greys as 8-bit grey, scaled: Pillow's own conversion would clip them. Other modes stay."""
-    if image.mode.startswith("I"):  # 16 bits, or 32 of which files use 16
-        image, scale = image.convert("I"), 1 / 257
-    elif image.mode == "F":
-        scale = 255 if image.getextrema()[1] <= 1 else 1
-    else:
-        return image
-    grey = image.point(lambda value: value * scale + 0.5).convert("L")
-    grey.info.clear()  # a transparent grey would be one of 16 bits
-    return grey
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """8-bit RGB, the colours as the ICC profile defines them; without a usable one the numbers stay."""
-    image = image.convert({"L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
-    modes = ("L", "RGB") if image.mode == "L" else (image.mode,)  # some programs give grey photos a profile of RGB
-    for mode in modes if profile else ():
-        with suppress(ImageCms.PyCMSError):  # a broken profile, or one of another mode
-            srgb = ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image.convert(mode), BytesIO(profile), srgb, outputMode="RGB")
-    return image.convert("RGB")
