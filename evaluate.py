@@ -4,16 +4,16 @@
     python evaluate.py --subject data/dog                              # the base alone, for comparison
     python evaluate.py --dreambench dreambooth/dataset --ckpt "runs/{subject}/best.safetensors"
 
-Draws the 25 test prompts, 4 images each, and writes best.eval.json (settings, networks, means, every image's numbers)
-and the pictures in best.eval/; the base alone is base-toy-dog.eval, in the current folder. --dreambench does so for
-every subject of the public data set (google/dreambooth); the same command again continues after an interruption. With
-`torchrun --standalone --nproc_per_node=N evaluate.py --dreambench ...` N processes share the subjects.
+Draws the 25 test prompts, 4 images each, and writes best.eval.json (settings, networks, means and standard deviations,
+every image's numbers) and the pictures in best.eval/; the base alone is base-toy-dog.eval, in the current folder.
+--dreambench does so for every subject of the public data set (google/dreambooth); the same command again continues
+after an interruption. With `torchrun --standalone --nproc_per_node=N evaluate.py --dreambench ...` N processes share
+the subjects.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
@@ -30,13 +30,14 @@ from model.stable_diffusion import PRECISIONS, StableDiffusion
 from model.tokenizer import BertTokenizer, CLIPTokenizer
 from reward import Reward, lambda_harmonic, strip_token, unit_features
 from support import evaluation, flags, machine, ranks
-from support.evaluation import Job
+from support.evaluation import Job, mean_and_sd
 from support.pictures import drawn_with, grid, picture_name, save_png
 from support.randomness import TEST, picture_seeds
 from support.results import check_writable, write_json
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
 TITLES |= {"lambda_harmonic": "λ-Harmonic"}
+MEANING = "mean ± SD of the prompts' means: those of the subject; in the last row, those of all subjects together."
 
 
 class Metrics:
@@ -92,29 +93,11 @@ class Metrics:
         scores = {"dino": (dino @ self.dino_photos.T).mean(1), "clip_i": (clip @ self.clip_photos.T).mean(1)}
         return scores | {"clip_t": (clip * text).sum(1).clamp(min=0), "align_i": align_i, "align_t": align_t}
 
-    def kinds(self) -> dict[str, str]:
-        """What the networks are, such as {"dino": "ViT 12x384/16"}: layers x width / patch."""
-        dino, vision, text = self.dino.config, self.clip.config.vision_config, self.clip.config.text_config
-        align, bert = self.reward.align.config.vision_config, self.reward.align.config.text_config
-        blocks = sum(align.repeats(n) for n in align.num_block_repeats)
-        clip = f"ViT {vision.num_hidden_layers}x{vision.hidden_size}/{vision.patch_size}"
-        return {
-            "clip": f"{clip} + text {text.num_hidden_layers}x{text.hidden_size}",
-            "dino": f"ViT {dino.num_hidden_layers}x{dino.hidden_size}/{dino.patch_size}",
-            "align": f"EfficientNet of {blocks} blocks + BERT {bert.num_hidden_layers}x{bert.hidden_size}",
-        }
-
     def _dino(self, images: list[Image.Image]) -> Tensor:
         return unit_features(self.dino, self.dino.preprocess, images, self.device)
 
     def _clip(self, images: list[Image.Image]) -> Tensor:
         return unit_features(self.clip.image_features, self.clip.preprocess, images, self.device)
-
-
-def over_prompts(values: list[float], n: int) -> dict[str, float]:
-    """Mean and standard deviation of the prompts' means; `values` are n images of a prompt, n of the next, ..."""
-    means = [statistics.fmean(values[i : i + n]) for i in range(0, len(values), n)]
-    return {"mean": round(statistics.fmean(means), 6), "sd": round(statistics.stdev(means), 6)}
 
 
 class Evaluator:
@@ -126,16 +109,13 @@ class Evaluator:
     def __call__(self, job: Job) -> dict:
         """Draw, score and write one subject; return the content of its JSON file."""
         self.load(job)
-        n = job.settings["n"]
-        prompts = [prompt for prompt in job.subject.test_prompts for _ in range(n)]
+        prompts = [prompt for prompt in job.subject.test_prompts for _ in range(job.settings["n"])]
         seeds = picture_seeds(job.settings["seed"], TEST, len(prompts))
         images, files = self.draw(job, prompts, seeds)
         scores = self.metrics(images, prompts)
-        scores["lambda_harmonic"] = lambda_harmonic(scores["align_i"], scores["align_t"], job.settings["lambda_val"])
+        scores["lambda_harmonic"] = lambda_harmonic(scores["align_i"], scores["align_t"], job.settings["lambda"])
         scores = {name: [round(value, 6) for value in values.tolist()] for name, values in scores.items()}
-
-        means = {name: over_prompts(values, n) for name, values in scores.items()}
-        return job.write(self.metrics.kinds(), means, {"prompt": prompts, "seed": seeds, "file": files} | scores)
+        return job.write({"prompt": prompts, "seed": seeds, "file": files}, scores)
 
     def draw(self, job: Job, prompts: list[str], seeds: list[int]) -> tuple[list[Image.Image], list[str]]:
         """Draw and save a picture of each prompt; return the pictures and their file names."""
@@ -182,10 +162,11 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
     ckpt = job.ckpt or "no checkpoint"
     print(f"{ckpt}, base {settings['base']}, {settings['steps']} steps, guidance {guidance:g}")
     result = evaluator(job)
-    print(f"\n{'':12}{'mean':>8}{'SD':>8}  over {len(subject.test_prompts)} prompts x {args.n} images, measured with")
+    print(f"\n{'':12}{'mean':>8}{'SD':>8}  measured with")
     for name, title in TITLES.items():
-        network = result["networks"].get(name.split("_")[0], f"ALIGN-I and ALIGN-T, λ = {settings['lambda_val']:g}")
+        network = result["networks"].get(name.split("_")[0], f"ALIGN-I and ALIGN-T, λ = {settings['lambda']:g}")
         print(f"{title:12}{result['means'][name]['mean']:8.4f}{result['means'][name]['sd']:8.4f}  {network}")
+    print(f"The SD is over the means of {len(subject.test_prompts)} prompts, of {args.n} images each.")
     print(f"The text of CLIP-T and ALIGN-T is {result['scored_text']}.")
     print(f"every image's numbers are in {job.result}, the pictures in {job.out}")
     return 0
@@ -194,14 +175,15 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
 def run_many(args: argparse.Namespace, evaluator: Evaluator) -> int:
     summary = evaluation.place(args, "dreambench").with_suffix(".eval.json")
     check_writable(summary)
-    rows, failed = evaluation.walk(args, evaluator, TITLES)
-    if rows and ranks.rank() == 0:
-        mean = {name: round(statistics.fmean(row[name] for row in rows.values()), 6) for name in TITLES}
-        write_json(summary, {"mean": mean, "subjects": rows, "failed": failed})
-        print("\n| subject | DINO | CLIP-I | CLIP-T |\n|---|---|---|---|")
-        for name, row in [*rows.items(), (f"mean of {len(rows)}", mean)]:
-            print(f"| {name} | {row['dino']:.3f} | {row['clip_i']:.3f} | {row['clip_t']:.3f} |")
-        print(f"\nthe same and the other metrics are in {summary}")
+    values, failed = evaluation.walk(args, evaluator, TITLES)  # of each subject and metric, a value a prompt
+    if values and ranks.rank() == 0:
+        rows = {name: {key: mean_and_sd(own[key]) for key in TITLES} for name, own in values.items()}
+        every = {key: mean_and_sd([value for own in values.values() for value in own[key]]) for key in TITLES}
+        write_json(summary, {"means": every, "subjects": rows, "failed": failed})
+        print(f"\n| subject | {' | '.join(TITLES.values())} |\n|---|{'---|' * len(TITLES)}")
+        for name, row in [*rows.items(), (f"all {len(rows)}", every)]:
+            print(f"| {name} |", *(f"{row[key]['mean']:.3f} ± {row[key]['sd']:.3f} |" for key in TITLES))
+        print(f"\n{MEANING} The same numbers are in {summary}.")
     ranks.barrier()  # torchrun ends all processes when one ends with status 1
     return 1 if failed else 0
 

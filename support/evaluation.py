@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,23 +49,32 @@ class Job:
             return result if complete and drawn and equal else None
         return None
 
-    def write(self, kinds: dict[str, str], means: dict, columns: dict[str, list]) -> dict:
-        """Write the JSON file and return its content. kinds: what each network is. columns: a value a picture."""
-        shown = {
-            name: str(path).replace(str(flags.EMBEDDED_BASE), "weights/toy") for name, path in self.folders.items()
-        }
+    def write(self, about: dict[str, list], scores: dict[str, list[float]]) -> dict:
+        """Write the JSON file and return its content. about, scores: a value for each picture, prompt by prompt."""
+        home, columns = str(flags.EMBEDDED_BASE), about | scores
         result = {
             "subject": str(self.subject.folder),
             "pictures": str(self.out),
             "settings": self.settings,
             "training": {name: value for name, value in sorted(self.header.items()) if name != CONFIG_KEY},
             "scored_text": f"the prompt without the token {self.subject.token}",
-            "networks": {name: f"{shown[name]}, {kind}" for name, kind in kinds.items()},
-            "means": means,
+            "networks": {name: str(path).replace(home, "weights/toy") for name, path in self.folders.items()},
+            "means": {name: mean_and_sd(self.of_prompts(values)) for name, values in scores.items()},
             "images": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         }
         write_json(self.result, result)
         return result
+
+    def of_prompts(self, values: list[float]) -> list[float]:
+        """The mean of each prompt's pictures; values: one for each picture, prompt by prompt."""
+        n = self.settings["n"]
+        return [statistics.fmean(values[i : i + n]) for i in range(0, len(values), n)]
+
+
+def mean_and_sd(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation (of a sample, with n - 1; 0 for a single value)."""
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": round(statistics.fmean(values), 6), "sd": round(sd, 6)}
 
 
 def parse(description: str) -> argparse.Namespace:
@@ -74,13 +84,13 @@ def parse(description: str) -> argparse.Namespace:
     what.add_argument("--subject", type=flags.path, help="a folder with the subject's photos")
     what.add_argument("--dreambench", type=flags.path, metavar="FOLDER", help="the public data set, a folder a subject")
     add("--ckpt", type=flags.text, help="of train.py; --dreambench puts names for {subject} (default: the base alone)")
-    add("--noun", type=flags.text, help="what it is; a checkpoint's own wins (default: from the folder's name)")
-    add("--live", action=argparse.BooleanOptionalAction, help="living, or a thing; a checkpoint's own wins")
-    add("--token", type=flags.text, help="the unique token; a checkpoint's own wins (default: [V])")
+    add("--noun", type=flags.text, help="what it is (default: the checkpoint's, or from the folder's name)")
+    add("--live", action=argparse.BooleanOptionalAction, help="living, or a thing (default: the checkpoint's)")
+    add("--token", type=flags.text, help="the unique token (default: the checkpoint's, or [V])")
     flags.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     for name in ("clip", "dino", "align"):
         add(f"--{name}", type=flags.path, metavar="FOLDER", help="the folder of this network (default: the base's)")
-    add("--lambda-val", type=fraction, help="λ of the λ-Harmonic reward (default: the checkpoint's, or 0.3)")
+    add("--lambda", type=fraction, default=0.3, help="λ of the λ-Harmonic reward (default: %(default)s, the paper's)")
     add("--n", type=count, default=4, help="images a prompt (default: %(default)s, as published)")
     add("--seed", type=seed_number, default=0, help="fixes every image (default: %(default)s)")
     add("--steps", type=count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
@@ -128,8 +138,7 @@ def plan(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
     steps, guidance = steps_and_guidance(args, ckpt, header, base[0])
     settings |= {"guidance": guidance, "steps": steps}
     settings["size"] = checked(count, header, "resolution", ckpt) if "resolution" in header else None  # the base's own
-    lambda_val = checked(fraction, {"lambda_val": 0.3} | header, "lambda_val", ckpt)
-    settings["lambda_val"] = lambda_val if args.lambda_val is None else args.lambda_val
+    settings["lambda"] = vars(args)["lambda"]
     settings |= {"ckpt": ckpt.name if ckpt else None, "base": base_name(base[0]), "variant": base[1]}
     settings |= {"prediction_type": base[2], "precision": args.precision}
     out, result = out or path.with_suffix(".eval"), path.with_suffix(".eval.json")
@@ -144,41 +153,35 @@ def plan(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
 
 
 def _subject(args: argparse.Namespace, folder: Path, ckpt: Path | None, header: dict[str, str]) -> Subject:
-    """The subject as the checkpoint's header describes it; the flags or the folder's name say what the header does not.
-
-    Prints a note where a flag, or the name of one of DreamBench's folders, contradicts the header.
-    """
-    if header.get("live", "True") not in ("True", "False"):
-        raise CheckpointError(f"{ckpt} is wrong about live: {header['live']!r} should be True or False")
-    live = header["live"] == "True" if "live" in header else args.live
-    subject = load_subject(folder, header.get("noun", args.noun), live, header.get("token", args.token or "[V]"))
-    noun = args.noun or DREAMBENCH_NOUNS.get(folder.name.lower())
-    for name, ours in {"noun": noun, "live": args.live, "token": args.token}.items():
-        if ours not in (None, trained := getattr(subject, name)):
-            print(f"note: {ckpt} was trained with {name} {trained}, which is used, not {ours}")
-    return subject
+    """The subject: flags win, then the checkpoint's header, then the folder's name."""
+    given = {name: value for name in ("noun", "live", "token") if (value := getattr(args, name)) is not None}
+    known = {"noun": None, "live": None, "token": "[V]"} | header | given
+    if known["live"] is not None:
+        known["live"] = checked(("True", "False"), known, "live", ckpt) == "True"
+    return load_subject(folder, known["noun"], known["live"], known["token"])
 
 
 def walk(args: argparse.Namespace, evaluate: Callable[[Job], dict], metrics: Iterable[str]) -> tuple[dict, dict]:
     """Evaluate every subject of DreamBench that --dreambench holds; a failure is reported and does not stop the rest.
 
     evaluate: returns the content of a job's JSON file. Several processes share the subjects. Returns, in every process,
-    the means of each subject, such as {"dog": {"dino": 0.6, ...}}, and the errors of those that failed.
+    the prompts' means of each subject, such as {"dog": {"dino": [0.6, ...], ...}}, and the errors of those that failed.
     """
     names = [name for name in DREAMBENCH_NOUNS if (args.dreambench / name).is_dir()]
     if not names:
         raise ValueError(f"{args.dreambench} holds no subject of DreamBench: give google/dreambooth's folder dataset")
     print(f"{len(names)} of DreamBench's {len(DREAMBENCH_NOUNS)} subjects are in {args.dreambench}")
-    jobs, means, failed = {}, {}, {}
+    jobs, values, failed = {}, {}, {}
     for name in names[ranks.rank() :: ranks.world_size()]:  # all plans first: an error is known before any drawing
         with _reported(name, failed):
             jobs[name] = plan(args, args.dreambench / name, args.out and args.out / name)
     for name, job in jobs.items():
         with _reported(name, failed):
             before = job.done(metrics)
-            means[name] = {key: value["mean"] for key, value in (before or evaluate(job))["means"].items()}
+            images = (before or evaluate(job))["images"]
+            values[name] = {key: job.of_prompts([row[key] for row in images]) for key in metrics}
             print(f"{name}: {'done before' if before else 'done'}, {job.result}", flush=True)
-    return _gathered(means, names), _gathered(failed, names)
+    return _gathered(values, names), _gathered(failed, names)
 
 
 @contextmanager

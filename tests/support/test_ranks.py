@@ -215,9 +215,9 @@ def test_subjects_are_shared_out(start, base, tmp_path, monkeypatch):
     assert call(evaluate, monkeypatch, *one) == 1
     one, two = (json.loads((tmp_path / runs / "dreambench/best.eval.json").read_text()) for runs in ("one", "two"))
     assert one["subjects"] == two["subjects"] and list(one["subjects"]) == list(two["subjects"])
-    assert one["mean"] == two["mean"] and list(one["failed"]) == list(two["failed"]) == ["dog"]
+    assert one["means"] == two["means"] and list(one["failed"]) == list(two["failed"]) == ["dog"]
     (out, other), (err, errors) = text(tmp_path / "here", "out"), text(tmp_path / "here", "err")
-    assert other == "" and out.count("| mean of 2 |") == 2 and "duck_toy: done before" in out
+    assert other == "" and out.count("| all 2 |") == 2 and "duck_toy: done before" in out
     assert errors.count("dog: error: ") == 2 and "error" not in err
 
 
