@@ -120,7 +120,7 @@ class Evaluator:
     def draw(self, job: Job, prompts: list[str], seeds: list[int]) -> tuple[list[Image.Image], list[str]]:
         """Draw and save a picture of each prompt; return the pictures and their file names."""
         settings = job.settings
-        options = {"steps": settings["steps"], "sampler": "dpm++", "guidance": settings["guidance"]}
+        options = {name: settings[name] for name in ("steps", "guidance", "sampler")}
         flags.warn_of_truncation(self.sd.tokenizer, prompts)
         quiet, title = ranks.rank() > 0, job.subject.folder.name
         with tqdm(total=len(prompts), desc=title, unit="image", leave=False, delay=0.1, disable=quiet) as bar:
@@ -157,10 +157,10 @@ class Evaluator:
 def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
     job = evaluation.plan(args, args.subject, args.out)
     subject, settings = job.subject, job.settings
-    kind, guidance = "living subjects" if subject.live else "things", settings["guidance"]
+    kind = "living subjects" if subject.live else "things"
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, prompts of {kind}")
-    ckpt = job.ckpt or "no checkpoint"
-    print(f"{ckpt}, base {settings['base']}, {settings['steps']} steps, guidance {guidance:g}")
+    drawn = f"{settings['steps']} steps of {settings['sampler']}, guidance {settings['guidance']:g}"
+    print(f"{job.ckpt or 'no checkpoint'}, base {settings['base']}, {drawn}")
     result = evaluator(job)
     print(f"\n{'':12}{'mean':>8}{'SD':>8}  measured with")
     for name, title in TITLES.items():

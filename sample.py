@@ -18,14 +18,13 @@ import torch
 from tqdm import tqdm
 
 from model.files.tensors import read_metadata
-from model.scheduler import SAMPLERS
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
 from support import flags, machine
 from support.export import check_export, export_single_file
-from support.header import resolve_base, steps_and_guidance
+from support.header import add_drawing_flags, drawing_options, resolve_base
 from support.pictures import check_folder, drawn_with, grid, picture_name, save_png
 from support.results import warn_if_unfinished
-from support.settings import checked, count, guidance_scale, seed_number
+from support.settings import checked, count, seed_number
 
 DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
 
@@ -41,9 +40,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.export_single}: U-Net, VAE and text encoder in one file, in half precision")
         return
     check_folder(args.out)
-    steps, guidance = steps_and_guidance(args, args.ckpt, header, base[0])
-    sd = load(args, base, flags.device(args.device))
-    draw(args, sd, {"steps": steps, "guidance": guidance, "sampler": args.scheduler}, base[0], header)
+    options = drawing_options(args, args.ckpt, header, base[0])
+    draw(args, load(args, base, flags.device(args.device)), options, base[0], header)
 
 
 def load(args: argparse.Namespace, base: tuple[Path, str | None, str | None], device: torch.device) -> StableDiffusion:
@@ -90,9 +88,7 @@ def main() -> int:
     add("--prompt", type=flags.text, action="append", help="what to draw; may be given again (default: four prompts)")
     add("--n", type=count, default=4, help="pictures a prompt, with seeds --seed, --seed + 1, ... (default: 4)")
     add("--seed", type=seed_number, default=0, help="the first picture's seed (default: 0)")
-    add("--steps", type=count, help="sampler steps (default: 20, or what the base recommends)")
-    add("--guidance", type=guidance_scale, help="classifier-free guidance (default: as in training, or the base's)")
-    add("--scheduler", choices=SAMPLERS, default="dpm++", help="the sampler (default: dpm++)")
+    add_drawing_flags(parser)
     add("--size", type=count, help="the side in pixels (default: as in training, or the base's)")
     add("--batch", type=count, help="pictures at a time; changes no picture (default: what fits, 8 on a CPU)")
     flags.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")

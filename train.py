@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from model.scheduler import SAMPLERS
 from model.unet import UNet
 from reward import MEANS, Reward
 from rpo import RPOLoss, denoising_loss, preference_label, preference_probability, rpo_loss
@@ -44,7 +45,8 @@ class Settings:
     lambda_val: float = paper(0.3, fraction, "λ of the validation's reward")
     mean: str = paper("harmonic", tuple(MEANS), "how ALIGN-I and ALIGN-T become a reward")
     guidance: float = paper(7.5, guidance_scale, "classifier-free guidance when drawing")
-    solver_steps: int = ours(20, count, "steps of DPM-Solver++ when drawing")
+    sampler: str = ours("dpm++", SAMPLERS, "how negatives and validation images are drawn; the release: ddim")
+    solver_steps: int = ours(20, count, "steps of the sampler; the release: 50")
     resolution: int | None = ours(None, count, "side of all pictures in pixels (default: the base's; the paper: 512)")
     keep_last: bool = ours(False, None, "keep the last weights instead of the best: no early stopping")
     patience: int | None = ours(None, count, "stop after so many validations without a better reward (default: never)")
@@ -184,8 +186,8 @@ class RPO:
     def draw(self, prompts: list[str], unet: Callable, stream: int, title: str) -> list[Image.Image]:
         """One picture a prompt by θ or θ₀, from noise that --seed and the random stream fix."""
         settings = self.settings
-        seeds = picture_seeds(settings.seed, stream, len(prompts))
-        return self.machine.draw(unet, prompts, seeds, settings.solver_steps, settings.guidance, title)
+        options = {"steps": settings.solver_steps, "guidance": settings.guidance, "sampler": settings.sampler}
+        return self.machine.draw(unet, prompts, picture_seeds(settings.seed, stream, len(prompts)), title, **options)
 
 
 def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Generator) -> Tensor:

@@ -18,10 +18,10 @@ from model.files.tensors import read_metadata
 from model.stable_diffusion import check_layout, home_of
 from subject import DREAMBENCH_NOUNS, Subject, load_subject
 from support import flags, ranks
-from support.header import base_name, digest, files_of_base, resolve_base, steps_and_guidance
+from support.header import add_drawing_flags, base_name, digest, drawing_options, files_of_base, resolve_base
 from support.pictures import check_folder
 from support.results import check_writable, warn_if_unfinished, write_json
-from support.settings import checked, count, fraction, guidance_scale, seed_number
+from support.settings import checked, count, fraction, seed_number
 
 REMEDY = "use a smaller --batch, or another --device"  # for a full memory
 
@@ -93,8 +93,7 @@ def parse(description: str) -> argparse.Namespace:
     add("--lambda", type=fraction, default=0.3, help="λ of the λ-Harmonic reward (default: %(default)s, the paper's)")
     add("--n", type=count, default=4, help="images a prompt (default: %(default)s, as published)")
     add("--seed", type=seed_number, default=0, help="fixes every image (default: %(default)s)")
-    add("--steps", type=count, help="DPM-Solver++ steps (default: 20, or what the base recommends)")
-    add("--guidance", type=guidance_scale, help="classifier-free guidance (default: as in training, or the base's)")
+    add_drawing_flags(parser)
     add("--batch", type=count, help="images at a time; changes no image (default: what fits, 8 on a CPU)")
     add("--out", type=flags.path, help="the folder for the pictures (default: the checkpoint's name and .eval)")
     flags.add_machine_flags(parser)
@@ -135,8 +134,7 @@ def plan(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
             raise CheckpointError(f"{network} is missing, which should hold {name.upper()}: name it with --{name}")
     subject = _subject(args, folder, ckpt, header)
     settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
-    steps, guidance = steps_and_guidance(args, ckpt, header, base[0])
-    settings |= {"guidance": guidance, "steps": steps}
+    settings |= drawing_options(args, ckpt, header, base[0])
     settings["size"] = checked(count, header, "resolution", ckpt) if "resolution" in header else None  # the base's own
     settings["lambda"] = vars(args)["lambda"]
     settings |= {"ckpt": ckpt.name if ckpt else None, "base": base_name(base[0]), "variant": base[1]}

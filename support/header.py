@@ -6,7 +6,6 @@
 | token, noun | the subject | sample.py: default prompts; evaluate.py: test prompts and scored texts |
 | live | the subject | evaluate.py: test prompts of living subjects or of things |
 | resolution, guidance | settings | sample.py, evaluate.py: how to draw |
-| lambda_val | settings | evaluate.py: λ of the λ-Harmonic reward |
 | lora_rank | flags | sample.py, evaluate.py with --base: a LoRA takes that base's prediction type |
 | step, reward | the kept validation | train.py --resume; step also goes into PNGs |
 | version, noun, step | | train.py: only a file that has all three may be replaced by a run |
@@ -23,6 +22,7 @@ import hashlib
 from pathlib import Path
 
 from model.lora import lora_header
+from model.scheduler import SAMPLERS
 from model.stable_diffusion import StableDiffusion, home_of, recommended
 from subject import Subject, visible_files
 from support.flags import EMBEDDED_BASE
@@ -108,13 +108,23 @@ def resolve_base(args: argparse.Namespace, ckpt: Path | None, header: dict) -> t
     return base_folder(name), args.variant or header.get("variant"), prediction_type
 
 
-def steps_and_guidance(args: argparse.Namespace, ckpt: Path | None, header: dict, base: Path) -> tuple[int, float]:
-    """Solver steps and guidance for drawing: flags win, then `ckpt`'s header (guidance alone), then what the base
-    recommends, then the defaults. Raises ValueError, naming the file, for a number that cannot be used.
+def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
+    """--sampler, --solver-steps and --guidance of sample.py and evaluate.py, which `drawing_options` reads."""
+    add, elsewhere = parser.add_argument, "or what the base recommends"
+    add("--sampler", "--scheduler", choices=SAMPLERS, help=f"the sampler (default: dpm++, {elsewhere})")
+    add("--solver-steps", "--steps", type=count, help=f"the sampler's steps (default: 20, {elsewhere})")
+    add("--guidance", type=guidance_scale, help="classifier-free guidance (default: as in training, or the base's)")
+
+
+def drawing_options(args: argparse.Namespace, ckpt: Path | None, header: dict, base: Path) -> dict:
+    """steps, guidance and sampler, for drawing: flags win, then `ckpt`'s header (guidance alone), then what the base
+    recommends, then the defaults. Raises ValueError, naming the file, for a value that cannot be used.
     """
     values, source = recommended(base)
-    values = {"solver_steps": SOLVER_STEPS, "guidance": GUIDANCE} | values
-    steps = args.steps or checked(count, values, "solver_steps", source)
+    values = {"solver_steps": SOLVER_STEPS, "guidance": GUIDANCE, "sampler": "dpm++"} | values
+    steps = args.solver_steps or checked(count, values, "solver_steps", source)
+    sampler = args.sampler or checked(SAMPLERS, values, "sampler", source)
     if "guidance" in header:
         values, source = header, ckpt
-    return steps, args.guidance or checked(guidance_scale, values, "guidance", source)
+    guidance = args.guidance or checked(guidance_scale, values, "guidance", source)
+    return {"steps": steps, "guidance": guidance, "sampler": sampler}

@@ -92,16 +92,19 @@ class Machine:
             setattr(self.sd, name, network)
 
     def draw(
-        self, unet: Denoiser, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, title: str
+        self, unet: Denoiser, prompts: Sequence[str], seeds: Sequence[int], title: str, **options
     ) -> list[Image.Image]:
-        """A picture of each prompt by `theta` or `theta_0`. Each process draws its part, and all get all pictures."""
+        """A picture of each prompt by `theta` or `theta_0`. Each process draws its part, and all get all pictures.
+
+        options: steps, guidance and sampler.
+        """
         self._offload(False)
         mine = ranks.part(len(prompts))
         prompts, seeds = prompts[mine], seeds[mine]
         quiet = ranks.rank() > 0
         with tqdm(total=len(seeds), desc=title, unit="image", leave=False, delay=0.1, disable=quiet) as bar:
-            options = {"batch_size": self.drawing_batch, "unet": unet, "on_batch": bar.update}
-            return ranks.gather(self.sd.generate(prompts, seeds, steps, guidance, **options))
+            options |= {"batch_size": self.drawing_batch, "unet": unet, "on_batch": bar.update}
+            return ranks.gather(self.sd.generate(prompts, seeds, **options))
 
     def place(self, batch: Batch) -> Batch:
         """This process's part of a batch, a NamedTuple of tensors (n, ...) or None, on the device."""

@@ -26,6 +26,7 @@ from model.files.tensors import read_metadata
 from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
 from reward import lambda_harmonic
+from support.pictures import SAMPLER_NAMES
 
 QUICK = ("--steps", 1, "--n", 1, "--device", "cpu")
 NAMES = ["dino", "clip_i", "clip_t", "align_i", "align_t"]
@@ -221,15 +222,16 @@ def test_same_command_same_files_whatever_the_batch(measure, ckpt, dog):
 def test_flags_win_then_the_header_then_the_base(copy, dog, tmp_path, monkeypatch):
     (copy / "rpo.json").write_text('{"guidance": 2, "solver_steps": 3}', encoding="utf-8")
     path = write_ckpt(copy, tmp_path / "a.safetensors", lambda_val="0.7", resolution="24")  # λ is 0.3 all the same
-    given = ("--lambda", 0, "--guidance", 2, "--steps", 1)
-    for options, expected in (((), [3, 3, 0.3]), (given, [1, 2, 0])):
+    given = ("--lambda", 0, "--guidance", 2, "--solver-steps", 1, "--sampler", "ddim")
+    for options, expected in (((), [3, 3, "dpm++", 0.3]), (given, [1, 2, "ddim", 0])):
         assert call(evaluate, monkeypatch, "--ckpt", path, "--subject", dog, "--n", 1, *options) == 0
         result = read(tmp_path / "a.eval.json")
         settings, row = result["settings"], result["images"][0]
-        assert [settings[name] for name in ("steps", "guidance", "lambda")] == expected
+        assert [settings[name] for name in ("steps", "guidance", "sampler", "lambda")] == expected
         drawn = parameters(Path(result["pictures"]) / row["file"])
         assert [drawn[name] for name in ("Steps", "CFG scale", "Size")] == [*map(str, expected[:2]), "24x24"]
-        lam = expected[2]
+        assert drawn["Sampler"] == SAMPLER_NAMES[expected[2]]
+        lam = expected[3]
         assert row["lambda_harmonic"] == pytest.approx(
             1 / (lam / row["align_i"] + (1 - lam) / row["align_t"]), abs=2e-6
         )

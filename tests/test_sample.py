@@ -116,11 +116,12 @@ def test_prompts_seeds_and_grid(run, ckpt):
 
 
 def test_options_reach_the_pictures(run, base):
-    """Every option that is parsed changes them, but for --batch, which must not."""
-    command = ("--base", base, *DOG, "--steps", 3)
+    """Every option that is parsed changes them, but for --batch, which must not. Two have a second spelling."""
+    command = ("--base", base, *DOG, "--solver-steps", 3)
     assert run(*command, "--out", "plain") == 0
-    plain, again = pixels("plain")["a-dog-0.png"], {"again": (), "batch": ("--n", 3, "--batch", 2, "--seed", 0)}
-    for option in ("--guidance 2", "--steps 2", "--scheduler ddim", "--scheduler ddpm", "--size 24", "--seed 1"):
+    plain, again = pixels("plain")["a-dog-0.png"], {"batch": ("--n", 3, "--batch", 2, "--seed", 0)}
+    again["again"] = "--steps", 3, "--scheduler", "dpm++"
+    for option in ("--guidance 2", "--solver-steps 2", "--sampler ddim", "--sampler ddpm", "--size 24", "--seed 1"):
         assert run(*command, *option.split(), "--out", option) == 0
         assert plain not in pixels(option).values()
     for out, options in again.items():

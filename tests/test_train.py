@@ -247,6 +247,7 @@ def one_step(world, tmp_path_factory):
     return observed(folder)
 
 
+SAMPLED = {"align_i", "align_t", "reward", "p", "weights"}  # validations and negatives
 FLAGS = [  # a flag; what it changes of `observed`, None for the weights at least; what it may change too
     (("--lr", 1e-4), {"weights"}, set()),
     (("--beta", 5.0), {"gradient_norm", "weights"}, set()),  # Δ is 0 in the first step, for every β
@@ -257,6 +258,7 @@ FLAGS = [  # a flag; what it changes of `observed`, None for the weights at leas
     ],
     (("--mean", "arithmetic"), {"reward"}, set()),  # λ_train is 0: with both means the labels are of ALIGN-T
     (("--lambda-val", 0.7), {"reward"}, set()),
+    (("--sampler", "ddim"), SAMPLED, {"label", "gradient_norm"}),
     *[((flag, 2), None, None) for flag in ("--batch", "--guidance", "--solver-steps", "--seed", "--lora-rank")],
     *[((flag, 1), None, None) for flag in ("--images-per-prompt", "--token")],
     *[(("--noun", "can"), None, None), (("--no-live",), None, None), (("--resolution", 24), None, None)],
@@ -318,7 +320,7 @@ def test_defaults_are_the_papers_where_it_has_one(run, capsys):
     paper = {"steps": "400", "batch": "1", "lr": "5e-06", "images_per_prompt": "4", "validate_every": "40"}
     paper |= {"lambda_val": "0.3", "mean": "harmonic", "guidance": "7.5", "lambda_train": "0", "beta": "1"}
     paper |= {"preference_weight": "1", "similarity_weight": "1"}
-    ours = {"solver_steps": ("20", "our default"), "seed": ("0", "our default")}
+    ours = {"solver_steps": ("20", "our default"), "seed": ("0", "our default"), "sampler": ("dpm++", "our default")}
     assert shown(capsys.readouterr().out) == ours | {name: (value, "the paper") for name, value in paper.items()}
     assert RPO.last.settings == train.RPOSettings()
 
@@ -606,7 +608,7 @@ def test_interrupted_before_the_first_validation(run, tmp_path, capsys):
         *[("--patience", 0), ("--patience", 3, "--keep-last"), ("--device", "abacus"), ("--device", "cuda:99")],
         *[("--ckpt", "best.pt"), ("--ckpt", ""), ("--token", " "), ("--noun", " "), ("--solver-steps", 1001)],
         *[("--resolution", 25), ("--precision", "fp8"), ("--nonsense",), ("--step", 3), ("--steps",)],
-        *[("--method", "dpg"), ("--prior-weight", 1)],  # the baselines' flags are not train.py's
+        *[("--sampler", "best"), ("--method", "dpg"), ("--prior-weight", 1)],  # the baselines' flags are not train.py's
     ],
     ids=lambda option: " ".join(map(str, option)),
 )

@@ -44,17 +44,19 @@ def test_base_of_a_checkpoint(tmp_path):
             header.resolve_base(flags(), ckpt, read)
 
 
-def test_steps_and_guidance(tmp_path):
+def test_drawing_options(tmp_path):
     """A flag wins, then the header (guidance alone), then the base's recommendation, then the default."""
 
     def of(read=None, **given):
-        args = argparse.Namespace(**{"steps": None, "guidance": None} | given)
-        return header.steps_and_guidance(args, Path("best.safetensors"), read or {}, tmp_path)
+        args = argparse.Namespace(**{"solver_steps": None, "guidance": None, "sampler": None} | given)
+        options = header.drawing_options(args, Path("best.safetensors"), read or {}, tmp_path)
+        return options["steps"], options["guidance"], options["sampler"]
 
-    assert of() == (20, 7.5)
-    (tmp_path / "rpo.json").write_text('{"solver_steps": 10, "guidance": 4}', encoding="utf-8")
-    assert of() == (10, 4) and of({"guidance": "3", "solver_steps": "5"}) == (10, 3)
-    assert of({"guidance": "3"}, steps=7, guidance=2.0) == (7, 2)
+    assert of() == (20, 7.5, "dpm++")
+    (tmp_path / "rpo.json").write_text('{"solver_steps": 10, "guidance": 4, "sampler": "ddpm"}', encoding="utf-8")
+    trained = {"guidance": "3", "solver_steps": "5", "sampler": "dpm++"}
+    assert of() == (10, 4, "ddpm") and of(trained) == (10, 3, "ddpm")
+    assert of(trained, solver_steps=7, guidance=2.0, sampler="ddim") == (7, 2, "ddim")
     with pytest.raises(ValueError, match=r"best\.safetensors is wrong about guidance"):
         of({"guidance": "-1"})
     (tmp_path / "rpo.json").write_text('{"solver_steps": 0}', encoding="utf-8")
