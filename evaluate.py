@@ -157,7 +157,7 @@ class Evaluator:
 def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
     job = evaluation.plan(args, args.subject, args.out)
     subject, settings = job.subject, job.settings
-    kind = "living subjects" if subject.live else "things"
+    kind = "--prompts" if args.prompts else "living subjects" if subject.live else "things"
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, prompts of {kind}")
     drawn = f"{settings['steps']} steps of {settings['sampler']}, guidance {settings['guidance']:g}"
     print(f"{job.ckpt or 'no checkpoint'}, base {settings['base']}, {drawn}")

@@ -86,6 +86,8 @@ class Subject:
     live: bool  # selects the prompts of living subjects, else those of things
     token: str  # "[V]"
     photos: list[Path]  # at least one, sorted by name
+    training_prompts: list[str]  # c_mod of the negatives and of the validation; the paper's 8, or the user's own
+    test_prompts: list[str]  # DreamBench's 25, or the user's own
 
     @property
     def instance_prompt(self) -> str:
@@ -97,25 +99,33 @@ class Subject:
         """The prompt of the baselines' class images: "a photo of a dog"."""
         return f"a photo of a {self.noun}"
 
-    @property
-    def training_prompts(self) -> list[str]:
-        """The 8 prompts c_mod of the negatives and of the validation."""
-        return self._fill(TRAINING_PROMPTS)
 
-    @property
-    def test_prompts(self) -> list[str]:
-        """DreamBench's 25 prompts."""
-        return self._fill(DREAMBENCH_PROMPTS)
+def fill(prompts: list[str], token: str, noun: str) -> list[str]:
+    """Prompts with the token for {V} and the noun for {noun}; they may also have both written in them.
 
-    def _fill(self, prompts: dict[str, list[str]]) -> list[str]:
-        return [prompt.format(V=self.token, noun=self.noun) for prompt in prompts["live" if self.live else "thing"]]
+    Raises SubjectError for a prompt that lacks one of them.
+    """
+    filled = [" ".join(prompt.format(V=token, noun=noun).split()) for prompt in prompts]
+    for prompt in filled:
+        for word, name in ((token, "{V}"), (noun, "{noun}")):
+            if word not in prompt:
+                raise SubjectError(f"the prompt {prompt!r} lacks {word!r}: write {name} where it should be")
+    return filled
 
 
-def load_subject(folder: Path | str, noun: str | None = None, live: bool | None = None, token: str = "[V]") -> Subject:
+def load_subject(
+    folder: Path | str,
+    noun: str | None = None,
+    live: bool | None = None,
+    token: str = "[V]",
+    training_prompts: list[str] | None = None,
+    test_prompts: list[str] | None = None,
+) -> Subject:
     """The subject whose photos are in `folder`. Decodes every photo once, so that a bad one is found at the start.
 
     noun: by default DreamBench's for its folders, else the folder's name ("my_dog2" is a "my dog"). live: by default
-    whether the noun is an animal or a person. Raises SubjectError if the folder, a photo, the noun or the token is bad.
+    whether the noun is an animal or a person. Prompts: by default the paper's and DreamBench's; may hold {V} and
+    {noun}. Raises SubjectError if the folder, a photo, the noun, the token or a prompt is bad.
     """
     photos = _find_photos(Path(folder))
     for photo in photos:
@@ -123,7 +133,7 @@ def load_subject(folder: Path | str, noun: str | None = None, live: bool | None 
     if noun is None:
         name = Path(os.path.abspath(folder)).name.lower()  # abspath: "." has no name
         noun = DREAMBENCH_NOUNS.get(name, re.sub(r"[\d_-]+", " ", name))
-    noun, token = " ".join(noun.split()), token.strip()
+    noun, token = " ".join(noun.split()), " ".join(token.split())
     if not noun or not noun.isprintable():  # a folder's name need not be text
         raise SubjectError(f"{folder} gives no noun ({noun!r}): say what the photos show, for example --noun dog")
     if not token:
@@ -133,7 +143,11 @@ def load_subject(folder: Path | str, noun: str | None = None, live: bool | None 
     if live is None:  # the last word is an animal or a person, and no word says that it is a toy
         words = noun.lower().split()
         live = bool(LIVE_NOUNS & {words[-1], words[-1].removesuffix("s")}) and _LIFELESS.isdisjoint(words)
-    return Subject(Path(folder), noun, live, token, photos)
+    kind = "live" if live else "thing"
+    training = fill(training_prompts or TRAINING_PROMPTS[kind], token, noun)
+    return Subject(
+        Path(folder), noun, live, token, photos, training, fill(test_prompts or DREAMBENCH_PROMPTS[kind], token, noun)
+    )
 
 
 def _find_photos(folder: Path) -> list[Path]:

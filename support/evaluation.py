@@ -87,6 +87,8 @@ def parse(description: str) -> argparse.Namespace:
     add("--noun", type=flags.text, help="what it is (default: the checkpoint's, or from the folder's name)")
     add("--live", action=argparse.BooleanOptionalAction, help="living, or a thing (default: the checkpoint's)")
     add("--token", type=flags.text, help="the unique token (default: the checkpoint's, or [V])")
+    own = "a text file with a prompt a line, with {V} and {noun} (default: DreamBench's 25)"
+    add("--prompts", type=flags.prompts, metavar="FILE", help=own)
     flags.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     for name in ("clip", "dino", "align"):
         add(f"--{name}", type=flags.path, metavar="FOLDER", help="the folder of this network (default: the base's)")
@@ -134,6 +136,7 @@ def plan(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
             raise CheckpointError(f"{network} is missing, which should hold {name.upper()}: name it with --{name}")
     subject = _subject(args, folder, ckpt, header)
     settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
+    settings["prompts"] = subject.test_prompts
     settings |= drawing_options(args, ckpt, header, base[0])
     settings["size"] = checked(count, header, "resolution", ckpt) if "resolution" in header else None  # the base's own
     settings["lambda"] = vars(args)["lambda"]
@@ -156,7 +159,7 @@ def _subject(args: argparse.Namespace, folder: Path, ckpt: Path | None, header: 
     known = {"noun": None, "live": None, "token": "[V]"} | header | given
     if known["live"] is not None:
         known["live"] = checked(("True", "False"), known, "live", ckpt) == "True"
-    return load_subject(folder, known["noun"], known["live"], known["token"])
+    return load_subject(folder, known["noun"], known["live"], known["token"], test_prompts=args.prompts)
 
 
 def walk(args: argparse.Namespace, evaluate: Callable[[Job], dict], metrics: Iterable[str]) -> tuple[dict, dict]:

@@ -78,6 +78,23 @@ def path(name: str) -> Path:
     return Path(os.path.expanduser(text(name)))  # text: the name is written into headers, PNGs and JSON files
 
 
+def prompts(name: str) -> list[str]:
+    """The lines of a text file, a prompt each, without the empty ones. Only {V} and {noun} may stand in braces."""
+    try:
+        lines = path(name).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{name} is no text in UTF-8: give a file with a prompt a line") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{name} is empty: give a file with a prompt a line")
+    for prompt in found:
+        if re.search("[{}]", re.sub(r"\{(V|noun)\}", "", prompt)):
+            raise argparse.ArgumentTypeError(f"{name}: only {{V}} and {{noun}} may be in braces, not as in {prompt!r}")
+    return found
+
+
 def text(value: str) -> str:
     """Text that a tokenizer can read. A terminal with another encoding than UTF-8 may give other bytes."""
     try:

@@ -4,6 +4,7 @@
 |---|---|---|
 | base, variant, prediction_type | flags, the base | sample.py, evaluate.py: its base, and how to read that |
 | token, noun | the subject | sample.py: default prompts; evaluate.py: test prompts and scored texts |
+| training_prompts | the subject | people: a list in JSON |
 | live | the subject | evaluate.py: test prompts of living subjects or of things |
 | resolution, guidance | settings | sample.py, evaluate.py: how to draw |
 | lora_rank | flags | sample.py, evaluate.py with --base: a LoRA takes that base's prediction type |
@@ -19,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import json
 from pathlib import Path
 
 from model.lora import lora_header
@@ -38,6 +40,7 @@ def header_of(method: str, args: argparse.Namespace, settings, subject: Subject,
     header |= {"variant": args.variant, "prediction_type": sd.scheduler.config.prediction_type}
     header |= {"lora_rank": args.lora_rank} | (lora_header(sd.unet) if args.lora_rank else {})
     header |= {"token": subject.token, "noun": subject.noun, "live": subject.live} | dataclasses.asdict(settings)
+    header |= {"training_prompts": json.dumps(subject.training_prompts, ensure_ascii=False)}
     return {name: str(value) for name, value in header.items() if value is not None}
 
 
@@ -49,6 +52,8 @@ def identity_of(method: str, args: argparse.Namespace, settings, subject: Subjec
     identity |= {"method": method, "base": digest(files_of_base(args.base)), "align": digest([args.align])}
     identity |= {"token": subject.token, "noun": subject.noun, "live": subject.live}
     identity |= {"photos": {photo.name: digest([photo])[:8] for photo in subject.photos}}
+    prompts = "\n".join(subject.training_prompts).encode()
+    identity |= {"training_prompts": hashlib.blake2b(prompts).hexdigest()[:8]}
     return {name: str(value) for name, value in identity.items()}
 
 

@@ -51,6 +51,8 @@ def parse(method: type, description: str, argv: list[str] | None = None) -> argp
     living = "prompts for a living subject, or for a thing (default: whether the noun is an animal or a person)"
     add("--live", action=argparse.BooleanOptionalAction, help=living)
     add("--token", type=flags.text, default="[V]", help="the unique token (default: %(default)s)")
+    own = "a text file with a prompt a line, with {V} and {noun} (default: the paper's 8)"
+    add("--training-prompts", type=flags.prompts, metavar="FILE", help=own)
     flags.add_base_flags(parser, flags.EMBEDDED_BASE, "the embedded one")
     add("--align", type=flags.path, help="the folder of the reward's ALIGN (default: reward/ in the base's folder)")
     add("--ckpt", type=flags.path, default=Path(method.result), help="the result (default: %(default)s)")
@@ -77,7 +79,7 @@ def prepared(args: argparse.Namespace, method: type) -> Iterator[Run]:
     """Everything a run of the method needs. Raises ValueError, in one line, for input that cannot be used."""
     device = flags.device(args.device)
     args.precision = precision(args.precision, device)
-    subject = load_subject(args.subject, args.noun, args.live, args.token)
+    subject = load_subject(args.subject, args.noun, args.live, args.token, training_prompts=args.training_prompts)
     check_layout(args.base)
     args.align = args.align or home_of(args.base) / "reward"
     if not args.align.is_dir():
@@ -86,6 +88,7 @@ def prepared(args: argparse.Namespace, method: type) -> Iterator[Run]:
     with lock(args.ckpt):
         prompts = "prompts of living subjects" if subject.live else "prompts of things"
         prompts += " (for a person or an animal: --live)" if args.live is None and not subject.live else ""
+        prompts = f"{len(args.training_prompts)} prompts of --training-prompts" if args.training_prompts else prompts
         print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
         args.settings = resolve(method.Settings, args, *recommended(args.base))
         if args.lora_rank and (also := args.settings.also_trained):  # no file format holds both

@@ -279,6 +279,21 @@ def test_the_subject_is_what_flags_then_the_header_then_the_folder_say(measure, 
         )
 
 
+def test_prompts_of_ones_own(measure, run, base, dog, tmp_path, capsys):
+    own = tmp_path / "own.txt"
+    own.write_text("a {V} {noun} asleep\n\na [V] dog awake\n", encoding="utf-8")
+    result, out = measure("--base", base, "--subject", dog, "--prompts", own, "--n", 2)
+    prompts = ["a [V] dog asleep", "a [V] dog awake"]
+    assert result["settings"]["prompts"] == prompts and "over the means of 2 prompts" in out
+    assert [row["prompt"] for row in result["images"]] == [prompt for prompt in prompts for _ in range(2)]
+    own.write_text("a {V} {noun} asleep", encoding="utf-8")
+    result, _ = measure("--base", base, "--subject", dog, "--prompts", own)
+    assert result["means"]["dino"] == {"mean": result["images"][0]["dino"], "sd": 0}
+    own.write_text("a {V} cat", encoding="utf-8")
+    assert run("--base", base, "--subject", dog, "--prompts", own) == 2
+    assert "lacks 'dog'" in error_line(capsys)
+
+
 def test_file_names_that_are_not_utf_8(run, copy, dog, tmp_path, monkeypatch):
     """A photo, a stray file of the base, and the base's own folder, which its name in the results contains."""
     folder = copy.rename(tmp_path / os.fsdecode(b"caf\xe9"))
@@ -372,6 +387,9 @@ def test_dreambench_continues(run, bench, base, tmp_path, capsys, monkeypatch):
     (runs / "dog" / "best.eval" / values["images"][0]["file"]).unlink()
     assert done() == [["dog"], ["cat2", "wolf_plushie"]] and read(result) == values
     assert done("--out", "pictures") == [names, []] and len(files_in(Path("pictures/dog"))) == 26
+    Path("own.txt").write_text("a {V} {noun}", encoding="utf-8")
+    for expected in ([names, []], [[], names]):
+        assert done("--prompts", "own.txt") == expected
 
 
 def test_dreambench_survives_failing_subjects(run, bench, tmp_path, capsys):
@@ -402,10 +420,10 @@ BAD = (
     "--n 0, --seed -1, --steps 1001, --guidance 1e30, --batch 0, --lambda 1.1, --device abacus, --nonsense, "
     "--ckpt, --ckpt=, --noun=, --clip=, --out=, --base=, --token dog, --dreambench ."
 )
-NOWHERE = [f"--{name} nowhere" for name in ("clip", "align", "base", "subject")]
+NOWHERE = [f"--{name} nowhere" for name in ("clip", "align", "base", "subject", "prompts")]
 BAD_MANY = {"": "--subject", "--dreambench nowhere": "nowhere", "--dreambench {}/dog": "no subject of DreamBench"}
 BAD_MANY |= {f"--dreambench {{}} {text}": text.split()[0] for text in ("--noun dog", "--live")}
-BAD_MANY |= {"--dreambench {} --ckpt best.safetensors": "{subject}"}
+BAD_MANY |= {"--dreambench {} --ckpt best.safetensors": "{subject}", "--dreambench {} --prompts nowhere": "nowhere"}
 
 
 @pytest.mark.parametrize("option", [*BAD.split(", "), *NOWHERE, *BAD_MANY])

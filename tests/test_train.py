@@ -62,6 +62,7 @@ def test_header(done, world):
     best = max(validations(history(folder))[1:], key=lambda row: row["reward"])
     kept = {"step": str(best["step"]), "reward": str(best["reward"])}
     run = {"format": "pt", "method": "rpo", "version": VERSION}
+    run |= {"training_prompts": json.dumps(trainer.subject.training_prompts)}
     assert read_metadata(folder / "best.safetensors") == settings | subject | base | kept | run
 
 
@@ -264,14 +265,15 @@ FLAGS = [  # a flag; what it changes of `observed`, None for the weights at leas
     *[(("--noun", "can"), None, None), (("--no-live",), None, None), (("--resolution", 24), None, None)],
     *[(("--prediction-type", "v_prediction"), None, None), (("--precision", "bf16"), None, None)],
 ]
-# Flags with a test of their own, here or, the last two, in tests/support.
+# Flags with a test of their own, here or in other files.
 OTHERS = "help subject base align variant ckpt resume steps validate-every patience keep-last live device"
+OTHERS += " checkpoint-gradients training-prompts"
 
 
 def test_every_flag_is_known_to_these_tests(capsys, run):
     assert run("--help") == 0
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", capsys.readouterr().out.split("options:")[1]))
-    assert flags == {f"--{name}" for name in f"{OTHERS} checkpoint-gradients".split()} | {each[0][0] for each in FLAGS}
+    assert flags == {f"--{name}" for name in OTHERS.split()} | {each[0][0] for each in FLAGS}
 
 
 @pytest.mark.parametrize(("option", "changes", "may"), FLAGS, ids=[each[0][0] for each in FLAGS])
