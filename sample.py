@@ -2,10 +2,12 @@
 
     python sample.py --ckpt best.safetensors
     python sample.py --ckpt best.safetensors --prompt "a [V] dog wearing a santa hat in the snow" --n 8 --seed 7
+    python sample.py --ckpt best.safetensors --skill expressions          # the prompts of a figure of the paper
     python sample.py --prompt "a cat on the Moon"                         # the embedded base itself
 
-Writes a PNG for each picture, with its settings in the text "parameters" that image tools read, and a grid of all. A
-different picture of the same name stays: the new one gets a number.
+Writes a PNG for each picture, with its settings in the text "parameters" that image tools read, and a grid of all; with
+--skill a page a skill, each picture with its prompt under it. A different picture of the same name stays: the new one
+gets a number.
 """
 
 from __future__ import annotations
@@ -19,14 +21,20 @@ from tqdm import tqdm
 
 from model.files.tensors import read_metadata
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
+from subject import SKILLS, fill
 from support import flags, machine
 from support.export import check_export, export_single_file
 from support.header import add_drawing_flags, drawing_options, resolve_base
-from support.pictures import check_folder, drawn_with, grid, picture_name, save_png
+from support.pictures import check_folder, drawn_with, grid, labelled, picture_name, save_png
 from support.results import warn_if_unfinished
 from support.settings import checked, count, seed_number
 
-DEFAULT_PROMPTS = ["a photo of {subject}", "{subject} in the snow", "{subject} on the beach", "{subject} on the Moon"]
+DEFAULT_PROMPTS = [
+    "a photo of a {V} {noun}",
+    "a {V} {noun} in the snow",
+    "a {V} {noun} on the beach",
+    "a {V} {noun} on the Moon",
+]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,13 +65,13 @@ def load(args: argparse.Namespace, base: tuple[Path, str | None, str | None], de
 def draw(args: argparse.Namespace, sd: StableDiffusion, options: dict, base: Path, header: dict[str, str]) -> None:
     """Draw --n pictures of each prompt. A batch is saved as soon as it is drawn, so that Ctrl-C keeps it."""
     machine.round_frozen(sd.unet, sd.precision)
-    subject = f"a {header.get('token', '[V]')} {header['noun']}" if "noun" in header else "a dog"
-    prompts = list(dict.fromkeys(args.prompt or [text.format(subject=subject) for text in DEFAULT_PROMPTS]))
-    flags.warn_of_truncation(sd.tokenizer, prompts)
+    pages = pages_of(args, header)
+    flags.warn_of_truncation(sd.tokenizer, [prompt for prompts in pages.values() for prompt in prompts])
     size = args.size or checked(count, {"resolution": sd.image_size} | header, "resolution", args.ckpt)
     settings = drawn_with(sd.unet, **options, size=size, ckpt=args.ckpt, base=base, header=header)
 
-    wanted = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
+    n = args.n or (1 if args.skill else 4)
+    wanted = [(prompt, args.seed + i) for prompts in pages.values() for prompt in prompts for i in range(n)]
     batch = args.batch or sd.drawing_batch(size)
     pictures = []
     try:
@@ -77,16 +85,30 @@ def draw(args: argparse.Namespace, sd: StableDiffusion, options: dict, base: Pat
                 bar.update(len(drawn))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted: {len(pictures)} of {len(wanted)} pictures are in {args.out}") from None
-    page = save_png(grid(pictures, args.n), args.out / "grid.png", "\n".join(prompts), settings, args.seed)
-    print(f"{len(pictures)} pictures in {args.out}, all on one page in {page}")
+    print(f"{len(pictures)} pictures in {args.out}")
+    for name, prompts in pages.items():
+        shown, pictures = pictures[: len(prompts) * n], pictures[len(prompts) * n :]
+        page = labelled(shown, prompts, n) if args.skill else grid(shown, n)
+        print("all on one page:", save_png(page, args.out / name, "\n".join(prompts), settings, args.seed))
+
+
+def pages_of(args: argparse.Namespace, header: dict[str, str]) -> dict[str, list[str]]:
+    """The file names of the pages, and each one's prompts. Without a checkpoint's noun they are of a dog."""
+    known = (header.get("token", "[V]"), header["noun"]) if "noun" in header else ("", "dog")
+    if not args.skill:
+        return {"grid.png": list(dict.fromkeys(args.prompt or fill(DEFAULT_PROMPTS, *known)))}
+    names = SKILLS if args.skill == "all" else [args.skill]
+    return {f"grid-{name}.png": fill(SKILLS[name], *known) for name in names}
 
 
 def main() -> int:
     parser = flags.Parser(description=__doc__)
-    add = parser.add_argument
+    add, what = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--ckpt", type=flags.path, help="a checkpoint of train.py (default: none, the base itself)")
-    add("--prompt", type=flags.text, action="append", help="what to draw; may be given again (default: four prompts)")
-    add("--n", type=count, default=4, help="pictures a prompt, with seeds --seed, --seed + 1, ... (default: 4)")
+    prompt = "what to draw; may be given again (default: four prompts)"
+    what.add_argument("--prompt", type=flags.text, action="append", help=prompt)
+    what.add_argument("--skill", choices=(*SKILLS, "all"), help="draw what the paper's figure of this skill asks for")
+    add("--n", type=count, help="pictures a prompt, of seeds --seed, --seed + 1, ... (default: 4; 1 with --skill)")
     add("--seed", type=seed_number, default=0, help="the first picture's seed (default: 0)")
     add_drawing_flags(parser)
     add("--size", type=count, help="the side in pixels (default: as in training, or the base's)")

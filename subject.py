@@ -1,7 +1,8 @@
 """A subject: its photos, its noun, its prompts.
 
 The test prompts, the 30 subjects and their nouns are DreamBench's (google/dreambooth, prompts_and_classes.txt); the
-training prompts are those of RPO (arXiv 2407.12164, Figure 6). In a prompt, {V} is the unique token, {noun} the noun.
+training prompts are those of RPO (arXiv 2407.12164, Figure 6), the skills its Figures 10 to 17. In a prompt, {V} is the
+unique token, {noun} the noun.
 """
 
 from __future__ import annotations
@@ -54,6 +55,28 @@ TRAINING_PROMPTS = {
         "in Vincent Van Gogh rendition, on the Moon, a green {V} {noun}, with a China Great Wall in the background",
         "on top of wooden roof, with the Statue of Liberty in the background, with a volcano in the background",
         "on a subway platform",
+    ),
+}
+
+SKILLS = {  # what RPO's Figures 10 to 17 ask for; places, painters, colours and imaginative prompts are our choice
+    "places": _prompts(_PLACES),
+    "styles": [
+        f"{painter} styled painting of a {{V}} {{noun}}"
+        for painter in ("Vincent Van Gogh", "Claude Monet", "Andy Warhol", "Piet Mondrian")
+    ],
+    "expressions": [f"a {mood} {{V}} {{noun}}" for mood in ("depressed", "joyous", "sleepy", "screaming")],
+    "outfits": _prompts(
+        "wearing a chef outfit, wearing a nurse outfit, wearing a police outfit, wearing a superhero outfit",
+        "wearing a witch outfit, wearing angel wings, wearing a firefighter outfit",
+    ),
+    "colours": [f"a {colour} {{V}} {{noun}}" for colour in ("red", "yellow", "green", "blue", "pink", "purple")],
+    "views": _prompts(
+        "looking up at the camera, looking down at the camera, a back view of a {V} {noun}, a side view of a {V} {noun}"
+    ),
+    "hybrids": [f"a cross of a {{V}} {{noun}} and a {other}" for other in ("bear", "koala", "lion", "panda")],
+    "imaginative": _prompts(
+        "wearing angel wings on the Moon, wearing a superhero outfit with a city in the background",
+        "wearing a witch outfit in the snow, in a chef outfit on a subway platform",
     ),
 }
 

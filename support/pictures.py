@@ -1,4 +1,4 @@
-"""Pictures as files with their settings, and a page of them, the grid."""
+"""Pictures as files with their settings, and pages of them: the grid, and the labelled page of a skill."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import math
 import os
 import re
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from model.files.write import write_atomic
@@ -114,3 +115,23 @@ def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed:
         place = path.with_stem(f"{path.stem}-{number}")
     write_atomic(place, lambda temporary: temporary.write_bytes(data))
     return place
+
+
+def labelled(pictures: Sequence[Image.Image], prompts: Sequence[str], n: int) -> Image.Image:
+    """Square pictures of one size on a page, each with its prompt under it; n pictures a prompt, in order.
+
+    With one picture a prompt up to 4 prompts are in a row, else each prompt has its own row.
+    """
+    columns = n if n > 1 else min(4, len(prompts))
+    side = min(pictures[0].width, (PAGE - GAP) // columns - GAP)
+    font = ImageFont.load_default(max(12, side // 24))
+    width = max(8, int(side / font.getlength("n")))
+    labels = [textwrap.fill(prompt, width) for prompt in prompts for _ in range(n)]
+    cell = side + GAP + max(label.count("\n") + 1 for label in labels) * math.ceil(1.4 * font.size) + GAP
+    page = Image.new("RGB", (columns * (side + GAP) + GAP, -(-len(labels) // columns) * cell + GAP), PAPER)
+    pen = ImageDraw.Draw(page)
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        left, top = GAP + i % columns * (side + GAP), GAP + i // columns * cell
+        paste(page, [picture], side, 1, left, top)
+        pen.multiline_text((left, top + side + GAP), label, INK, font, spacing=1)
+    return page

@@ -13,8 +13,10 @@ from subject import (
     DREAMBENCH_NOUNS,
     DREAMBENCH_PROMPTS,
     PHOTO_ENDINGS,
+    SKILLS,
     TRAINING_PROMPTS,
     SubjectError,
+    fill,
     load_photos,
     load_subject,
     open_photo,
@@ -75,6 +77,8 @@ def test_filled_prompts(tmp_path):
     assert (dog.instance_prompt, dog.class_prompt) == ("a photo of sks dog", "a photo of a dog")
     assert dog.training_prompts[1] == "a sks dog in Vincent Van Gogh rendition"
     assert dog.training_prompts[-1] == "a green sks dog" and dog.test_prompts[-1] == "a cube shaped sks dog"
+    assert all(fill(prompts, "sks", "dog") for prompts in SKILLS.values())  # each has token and noun
+    assert fill(SKILLS["views"][2:], "sks", "cat") == ["a back view of a sks cat", "a side view of a sks cat"]
     can = load_subject(put(tmp_path / "can"), token="{noun}")  # an odd token is not filled in twice
     assert can.test_prompts[10] == "a {noun} can with a wheat field in the background"
     with pytest.raises(dataclasses.FrozenInstanceError):
