@@ -68,11 +68,11 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """Every tensor, on the CPU, of a safetensors or a .bin file. No code in a .bin file's pickle is run.
+    """Every tensor, on the CPU, of a safetensors, .bin or .pth file. No code in a pickle is run.
 
     Raises CheckpointError for a file that is missing, broken or something else.
     """
-    if Path(path).suffix == ".bin":
+    if Path(path).suffix in (".bin", ".pth"):
         return _read_bin(path)
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
