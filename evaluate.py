@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from model.aesthetic import AestheticPredictor
 from model.align import ALIGN
 from model.clip import CLIP
 from model.dino import DINO
@@ -36,7 +37,7 @@ from support.randomness import TEST, picture_seeds
 from support.results import check_writable, write_json
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
-TITLES |= {"lambda_harmonic": "λ-Harmonic"}
+TITLES |= {"lambda_harmonic": "λ-Harmonic", "aesthetic": "Aesthetic"}  # the last only with --aesthetic
 MEANING = "mean ± SD of the prompts' means: those of the subject; in the last row, those of all subjects together."
 
 
@@ -46,16 +47,25 @@ class Metrics:
     DINO, CLIP-I    cosine of the picture and a photo, averaged over the photos
     CLIP-T          cosine of the picture and its prompt without the token; 0 if negative
     ALIGN-I, -T     reward.py's, mapped to [0, 1]
+    Aesthetic       LAION's predictor on CLIP ViT-L/14, about 1 to 10; only with its two networks (RPO, Table 8)
 
     Published numbers are of facebook/dino-vits16, openai/clip-vit-base-patch16 and kakaobrain/align-base; scores of
     other networks cannot be compared with them. (RPO's release leaves the token in: its pattern matches nothing. It
     clamps the mean of a call at 0, not each score.)
     """
 
-    def __init__(self, clip: CLIP, tokenizer: CLIPTokenizer, dino: DINO, reward: Reward, photos: list[Image.Image]):
+    def __init__(
+        self,
+        clip: CLIP,
+        tokenizer: CLIPTokenizer,
+        dino: DINO,
+        reward: Reward,
+        photos: list[Image.Image],
+        aesthetic: tuple[CLIP, AestheticPredictor] | None = None,
+    ):
         """Embeds the photos. Raises ValueError if there are none, or if the tokenizer is another CLIP's."""
         tokenizer.check_fits(clip.config.text_config, "CLIP")
-        self.clip, self.tokenizer, self.dino, self.reward = clip, tokenizer, dino, reward
+        self.clip, self.tokenizer, self.dino, self.reward, self.aesthetic = clip, tokenizer, dino, reward, aesthetic
         self.device = clip.logit_scale.device
         self.dino_photos, self.clip_photos = self._dino(photos), self._clip(photos)  # (photos, width), unit length
 
@@ -68,21 +78,27 @@ class Metrics:
         photos: list[Image.Image],
         token: str = "[V]",
         device: torch.device | str = "cpu",
+        aesthetic: Path | None = None,
+        aesthetic_clip: Path | None = None,
     ) -> Metrics:
         """Load the networks from folders in the public layouts. Raises CheckpointError, naming the file."""
         reward = Reward(ALIGN.from_pretrained(align).to(device), BertTokenizer.from_pretrained(align), photos, token)
         tokenizer, clip = CLIPTokenizer.from_pretrained(clip), CLIP.from_pretrained(clip).to(device)
-        return cls(clip, tokenizer, DINO.from_pretrained(dino).to(device), reward, photos)
+        dino, predictor = DINO.from_pretrained(dino).to(device), None
+        if aesthetic:
+            large = CLIP.from_pretrained(aesthetic_clip).to(device)
+            predictor = large, AestheticPredictor.from_pretrained(aesthetic, large)
+        return cls(clip, tokenizer, dino, reward, photos, predictor)
 
     def of(self, photos: list[Image.Image], token: str) -> Metrics:
         """The same networks for another subject."""
         reward = Reward(self.reward.align, self.reward.tokenizer, photos, token)
-        return Metrics(self.clip, self.tokenizer, self.dino, reward, photos)
+        return Metrics(self.clip, self.tokenizer, self.dino, reward, photos, self.aesthetic)
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Tensor]:
         """n RGB pictures, and each one's prompt -> {"dino", "clip_i", "clip_t", "align_i", "align_t"}, each (n,) fp32.
 
-        Raises ValueError if there are not as many prompts as pictures.
+        And "aesthetic", if its networks are there. Raises ValueError if there are not as many prompts as pictures.
         """
         align_i, align_t = self.reward.alignments(images, prompts)
         texts = [strip_token(prompt, self.reward.token) for prompt in prompts]
@@ -91,7 +107,12 @@ class Metrics:
         text = features[[rows[text] for text in texts]]
         clip, dino = self._clip(images), self._dino(images)  # (n, width), unit length
         scores = {"dino": (dino @ self.dino_photos.T).mean(1), "clip_i": (clip @ self.clip_photos.T).mean(1)}
-        return scores | {"clip_t": (clip * text).sum(1).clamp(min=0), "align_i": align_i, "align_t": align_t}
+        scores |= {"clip_t": (clip * text).sum(1).clamp(min=0), "align_i": align_i, "align_t": align_t}
+        if self.aesthetic:
+            large, predictor = self.aesthetic
+            features = unit_features(large.image_features, large.preprocess, images, self.device)
+            scores["aesthetic"] = predictor(features)
+        return scores
 
     def _dino(self, images: list[Image.Image]) -> Tensor:
         return unit_features(self.dino, self.dino.preprocess, images, self.device)
@@ -130,8 +151,7 @@ class Evaluator:
         text, files = drawn_with(self.sd.unet, **options, **about), []
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
             files.append(save_png(image, job.out / picture_name(prompt, seed), prompt, text, seed).name)
-        page = grid(images, settings["n"])
-        save_png(page, job.out / "grid.png", "\n".join(job.subject.test_prompts), text, seeds[0])
+        save_png(grid(images, settings["n"]), job.out / "grid.png", "\n".join(job.subject.test_prompts), text, seeds[0])
         return images, files
 
     def load(self, job: Job) -> None:
@@ -154,6 +174,11 @@ class Evaluator:
         machine.round_frozen(self.sd.unet, self.sd.precision)
 
 
+def titles(args: argparse.Namespace) -> dict[str, str]:
+    """The metrics of this command, and their titles in tables."""
+    return {name: title for name, title in TITLES.items() if name != "aesthetic" or args.aesthetic}
+
+
 def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
     job = evaluation.plan(args, args.subject, args.out)
     subject, settings = job.subject, job.settings
@@ -163,7 +188,7 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
     print(f"{job.ckpt or 'no checkpoint'}, base {settings['base']}, {drawn}")
     result = evaluator(job)
     print(f"\n{'':12}{'mean':>8}{'SD':>8}  measured with")
-    for name, title in TITLES.items():
+    for name, title in titles(args).items():
         network = result["networks"].get(name.split("_")[0], f"ALIGN-I and ALIGN-T, λ = {settings['lambda']:g}")
         print(f"{title:12}{result['means'][name]['mean']:8.4f}{result['means'][name]['sd']:8.4f}  {network}")
     print(f"The SD is over the means of {len(subject.test_prompts)} prompts, of {args.n} images each.")
@@ -175,14 +200,15 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
 def run_many(args: argparse.Namespace, evaluator: Evaluator) -> int:
     summary = evaluation.place(args, "dreambench").with_suffix(".eval.json")
     check_writable(summary)
-    values, failed = evaluation.walk(args, evaluator, TITLES)  # of each subject and metric, a value a prompt
+    metrics = titles(args)
+    values, failed = evaluation.walk(args, evaluator, metrics)  # of each subject and metric, a value a prompt
     if values and ranks.rank() == 0:
-        rows = {name: {key: mean_and_sd(own[key]) for key in TITLES} for name, own in values.items()}
-        every = {key: mean_and_sd([value for own in values.values() for value in own[key]]) for key in TITLES}
+        rows = {name: {key: mean_and_sd(own[key]) for key in metrics} for name, own in values.items()}
+        every = {key: mean_and_sd([value for own in values.values() for value in own[key]]) for key in metrics}
         write_json(summary, {"means": every, "subjects": rows, "failed": failed})
-        print(f"\n| subject | {' | '.join(TITLES.values())} |\n|---|{'---|' * len(TITLES)}")
+        print(f"\n| subject | {' | '.join(metrics.values())} |\n|---|{'---|' * len(metrics)}")
         for name, row in [*rows.items(), (f"all {len(rows)}", every)]:
-            print(f"| {name} |", *(f"{row[key]['mean']:.3f} ± {row[key]['sd']:.3f} |" for key in TITLES))
+            print(f"| {name} |", *(f"{row[key]['mean']:.3f} ± {row[key]['sd']:.3f} |" for key in metrics))
         print(f"\n{MEANING} The same numbers are in {summary}.")
     ranks.barrier()  # torchrun ends all processes when one ends with status 1
     return 1 if failed else 0

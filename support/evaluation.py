@@ -34,7 +34,7 @@ class Job:
     ckpt: Path | None
     header: dict[str, str]  # the checkpoint's
     base: tuple[Path, str | None, str | None]  # the base, its variant and prediction type
-    folders: dict[str, Path]  # the metrics' networks: clip, dino, align
+    folders: dict[str, Path]  # the metrics' networks: clip, dino, align; maybe aesthetic (a file), aesthetic_clip
     settings: dict  # equal settings give equal results
     out: Path  # the folder of the pictures
     result: Path  # the JSON file
@@ -92,6 +92,8 @@ def parse(description: str) -> argparse.Namespace:
     flags.add_base_flags(parser, None, "the checkpoint's own, or the embedded one")
     for name in ("clip", "dino", "align"):
         add(f"--{name}", type=flags.path, metavar="FOLDER", help="the folder of this network (default: the base's)")
+    add("--aesthetic", type=flags.path, metavar="FILE", help="LAION's aesthetic predictor: one more metric")
+    add("--aesthetic-clip", type=flags.path, metavar="FOLDER", help="its CLIP, openai/clip-vit-large-patch14")
     add("--lambda", type=fraction, default=0.3, help="λ of the λ-Harmonic reward (default: %(default)s, the paper's)")
     add("--n", type=count, default=4, help="images a prompt (default: %(default)s, as published)")
     add("--seed", type=seed_number, default=0, help="fixes every image (default: %(default)s)")
@@ -106,6 +108,8 @@ def parse(description: str) -> argparse.Namespace:
         parser.error("--ckpt is empty: leave it out for the base alone")
     if args.dreambench and (args.noun or args.live is not None):
         parser.error("--noun and --live are for --subject: --dreambench knows its subjects")
+    if bool(args.aesthetic) != bool(args.aesthetic_clip):
+        parser.error("--aesthetic and --aesthetic-clip need each other: give both, or neither")
     if args.subject and ranks.world_size() > 1:
         parser.error("--subject is work for one process: leave torchrun out, or share many out with --dreambench")
     return args
@@ -131,9 +135,12 @@ def plan(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
     home = home_of(base[0])
     folders = {"clip": args.clip or home / "metrics" / "clip", "dino": args.dino or home / "metrics" / "dino"}
     folders["align"] = args.align or home / "reward"
+    if args.aesthetic:
+        folders |= {"aesthetic": args.aesthetic, "aesthetic_clip": args.aesthetic_clip}
     for name, network in folders.items():
-        if not network.is_dir():
-            raise CheckpointError(f"{network} is missing, which should hold {name.upper()}: name it with --{name}")
+        if not network.exists():
+            what, flag = name.split("_")[-1].upper(), name.replace("_", "-")
+            raise CheckpointError(f"{network} is missing, which should hold {what}: name it with --{flag}")
     subject = _subject(args, folder, ckpt, header)
     settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
     settings["prompts"] = subject.test_prompts

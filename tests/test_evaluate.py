@@ -19,6 +19,8 @@ from tiny import WEIGHTS, call, error_line, files_in, parameters, write_base, wr
 
 import evaluate
 from evaluate import Metrics
+from model.aesthetic import AestheticPredictor
+from model.clip import CLIP
 from model.files.tensors import read_metadata
 from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
@@ -222,13 +224,10 @@ def test_flags_win_then_the_header_then_the_base(copy, dog, tmp_path, monkeypatc
         )
 
 
-def test_base_is_read_as_the_header_says(run, measure, base, dog, tmp_path, capsys):
-    path = write_ckpt(base, tmp_path / "a.safetensors", prediction_type="v_prediction", variant="fp16")
+def test_base_is_read_as_the_header_says(measure, base, dog, tmp_path):
+    path = write_ckpt(base, tmp_path / "a.safetensors", prediction_type="v_prediction")
     command = ("--ckpt", path, "--subject", dog)
-    assert run(*command) == 2
-    assert "no weights of the variant fp16" in error_line(capsys)  # the tiny base has plain files
-    v, _ = measure(*command, "--base", base)  # a --base of one's own has no use for its variant
-    epsilon, _ = measure(*command, "--base", base, "--prediction-type", "epsilon")
+    v, epsilon = measure(*command)[0], measure(*command, "--prediction-type", "epsilon")[0]
     assert (v["settings"]["prediction_type"], epsilon["settings"]["prediction_type"]) == ("v_prediction", "epsilon")
     assert v["means"] != epsilon["means"]
 
@@ -274,16 +273,25 @@ def test_prompts_of_ones_own(measure, run, base, dog, tmp_path, capsys):
     assert "lacks 'dog'" in error_line(capsys)
 
 
-def test_file_names_that_are_not_utf_8(run, copy, dog, tmp_path, monkeypatch):
-    """A photo, a stray file of the base, and the base's own folder, which its name in the results contains."""
-    folder = copy.rename(tmp_path / os.fsdecode(b"caf\xe9"))
-    (dog / "0.png").rename(dog / os.fsdecode(b"caf\xe9.png"))
-    (folder / "unet" / os.fsdecode(b"\xff.txt")).write_text("x", encoding="utf-8")
-    monkeypatch.chdir(folder)
-    assert run("--base", ".", "--subject", dog) == 0
-    result = read(f"base-{folder.name}-dog.eval.json")
-    assert result["settings"]["base"] == str(folder)
-    assert parameters(Path(result["pictures"]) / result["images"][0]["file"])["Model"] == "caf?"
+def test_aesthetic_score(measure, run, base, dog, tmp_path, capsys):
+    path, clip, command = tmp_path / "laion.pth", base / "metrics" / "clip", ("--base", base, "--subject", dog)
+    torch.manual_seed(0)
+    predictor, network = AestheticPredictor(16).eval(), CLIP.from_pretrained(clip)
+    torch.save(predictor.state_dict(), path)
+    result, out = measure(*command, "--aesthetic", path, "--aesthetic-clip", clip)
+    images = [Image.open(Path(result["pictures"]) / row["file"]) for row in result["images"]]
+    with torch.no_grad():
+        expected = predictor(network.image_features(network.preprocess(images)))
+    assert expected.std() > 1e-4
+    assert [row["aesthetic"] for row in result["images"]] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert f"{result['means']['aesthetic']['mean']:.4f}" in re.search("^Aesthetic .*laion.pth$", out, re.MULTILINE)[0]
+    assert "Aesthetic" not in measure(*command)[1]
+    for options, words in (
+        (("--aesthetic-clip", clip), "both"),
+        (("--aesthetic", "no", "--aesthetic-clip", clip), "no "),
+    ):
+        assert run(*command, *options) == 2
+        assert words in error_line(capsys)
 
 
 # ---------------------------------------------------------------------------------------------- DreamBench
@@ -314,7 +322,7 @@ def test_dreambench(run, bench, tmp_path, capsys):
     texts = ["cat wearing a red hat", "dog wearing a red hat", "stuffed animal with a wheat field in the background"]
     assert [result["images"][10]["prompt"] for result in results.values()] == [f"a [V] {text}" for text in texts]
     rows = [line for line in out.splitlines() if line.startswith("| ")]
-    assert rows[0] == f"| subject | {' | '.join(evaluate.TITLES.values())} |"
+    assert rows[0] == "| subject | DINO | CLIP-I | CLIP-T | ALIGN-I | ALIGN-T | λ-Harmonic |"
     assert summary["failed"] == {} and list(summary["subjects"]) == list(results)
     assert summary["subjects"] == {name: result["means"] for name, result in results.items()}
     images = [row for result in results.values() for row in result["images"]]  # one a prompt
@@ -322,7 +330,7 @@ def test_dreambench(run, bench, tmp_path, capsys):
         values = [row[name] for row in images]
         assert list(value.values()) == pytest.approx([np.mean(values), np.std(values, ddof=1)], abs=2e-6)
     for row, (name, numbers) in zip(rows[1:], [*summary["subjects"].items(), ("all 3", summary["means"])], strict=True):
-        cells = [f"{numbers[key]['mean']:.3f} ± {numbers[key]['sd']:.3f}" for key in evaluate.TITLES]
+        cells = [f"{numbers[key]['mean']:.3f} ± {numbers[key]['sd']:.3f}" for key in [*NAMES, "lambda_harmonic"]]
         assert row == f"| {name} | {' | '.join(cells)} |"
     assert all(len(files_in(runs / name / "best.eval")) == 26 for name in results)
     # Each was drawn with its own checkpoint: alone it has the same numbers.

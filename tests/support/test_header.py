@@ -1,6 +1,7 @@
 """header.py: which base a checkpoint belongs to and how to read it. test_train.py has what --resume accepts."""
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ def test_base_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("link.safetensors").symlink_to(tmp_path / "store")  # its tokenizer/ is next to the link
     assert header.base_name(Path("link.safetensors")) == str(tmp_path / "link.safetensors")
+
+
+def test_digest_is_of_names_and_contents_wherever_they_are(tmp_path):
+    digests, name = [], os.fsdecode(b"caf\xe9.png")  # not UTF-8
+    for folder, text in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text, encoding="utf-8")
+        digests.append(header.digest([tmp_path / folder]))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def flags(**given):
