@@ -1,7 +1,5 @@
 """Photos as phones, cameras and programs write them: which files are photos, and how one becomes an RGB picture."""
 
-from __future__ import annotations
-
 import warnings
 import zlib
 from contextlib import suppress
@@ -11,11 +9,9 @@ from pathlib import Path
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-_READ_BY_PILLOW = (
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .avif .gif .bmp .dib .tif .tiff .jp2 .j2k .j2c .jpc .jpf .jpx .tga "
-    ".ppm .pgm .pbm .pnm .pcx .psd .qoi .sgi"
-)
-PHOTO_ENDINGS = frozenset(_READ_BY_PILLOW.split())
+_JPEG_2000 = ".jp2 .j2k .j2c .jpc .jpf .jpx"
+_COMMON = ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .avif .gif .bmp .dib .tif .tiff"
+PHOTO_ENDINGS = frozenset(f"{_COMMON} {_JPEG_2000} .tga .ppm .pgm .pbm .pnm .pcx .psd .qoi .sgi".split())
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")  # texts that Pillow reads for it
 
@@ -27,8 +23,8 @@ class SubjectError(ValueError):
 def open_photo(path: Path | str, size: int | None = None) -> Image.Image:
     """A photo as an 8-bit RGB image of size x size pixels, by default in its own resolution.
 
-    It is turned upright by its EXIF orientation and cut to the largest centred square; the colours of its ICC profile,
-    such as an iPhone's Display P3, become sRGB; transparency becomes white; it is resized with Lanczos.
+    It is turned upright by its EXIF orientation and cut to the largest centred square; the colours of its ICC profile
+    become sRGB; transparency becomes white; it is resized with Lanczos.
     Raises SubjectError if the file is not a whole image, or has too many pixels.
     """
     try:
@@ -41,9 +37,8 @@ def open_photo(path: Path | str, size: int | None = None) -> Image.Image:
         size = size or square.width
         return square.resize((size, size), Image.Resampling.LANCZOS)
     except Exception as error:  # for bad data Pillow raises OSError, SyntaxError, struct.error and others
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "damaged, or of an unknown format"
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "damaged, or of an unknown format" if unknown else " ".join(str(error).split()) or type(error).__name__
         raise SubjectError(f"{path} is not a usable image ({reason}): replace it, shrink it or take it out") from None
 
 
@@ -66,10 +61,7 @@ def _open(data: bytes, size: int | None) -> Image.Image:
 
 
 def _open_png(data: bytes) -> Image.Image:
-    """Open a PNG with its pixels, transparency, colour profile and orientation alone: Pillow refuses some other chunks.
-
-    Other formats are opened as they are.
-    """
+    """Open a PNG without the chunks that no photo needs, some of which Pillow refuses; other formats as they are."""
     if not data.startswith(_PNG):
         return Image.open(BytesIO(data))
     kept, profile, place = [_PNG], None, len(_PNG)
@@ -89,8 +81,7 @@ def _open_png(data: bytes) -> Image.Image:
 
 def _centred_square(image: Image.Image) -> Image.Image:
     """The largest centred square of an image of any mode, as 8-bit RGB in sRGB, transparency on white."""
-    profile = image.info.get("icc_profile")
-    side = min(image.size)
+    profile, side = image.info.get("icc_profile"), min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = _to_8_bits(image).crop((left, top, left + side, top + side))
     square = _to_srgb(image, profile)
