@@ -1,7 +1,7 @@
 """ALIGN (Jia et al., arXiv 2102.05918), which the reward uses: an EfficientNet and a BERT that share a feature space.
 
-Follows kakaobrain/align-base (EfficientNet-B7, arXiv 1905.11946, at 289 px; BERT base, arXiv 1810.04805), and any
-smaller one of the same layout. Module names are that file's keys, hence the nested dictionaries of layers.
+Follows kakaobrain/align-base (EfficientNet-B7, arXiv 1905.11946, at 289 px; BERT base, arXiv 1810.04805). Module names
+are that file's keys, hence the nested dictionaries of layers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from model.files.config import read_config
 from model.files.tensors import load
 from model.preprocess import Preprocessor
-
-STEM_WIDTH = 32  # EfficientNet's stem, before the width coefficient
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,11 @@ class ALIGNVisionConfig:
 
 @dataclass(frozen=True)
 class ALIGNConfig:
-    """config.json; the defaults are kakaobrain/align-base. `projection_dim` is the width of the shared feature space.
-    The image tower has no projection: its last stage is that wide."""
+    """config.json; the defaults are kakaobrain/align-base."""
 
     text_config: ALIGNTextConfig = ALIGNTextConfig()
     vision_config: ALIGNVisionConfig = ALIGNVisionConfig()
-    projection_dim: int = 640
+    projection_dim: int = 640  # width of the shared feature space, and of the image tower's last stage
     temperature_init_value: float = 1.0
 
 
@@ -93,8 +90,8 @@ class ALIGNPreprocessor(Preprocessor):
 class Block(nn.Module):
     """EfficientNet's inverted residual: widen, filter each channel in space, weigh the channels, narrow again.
 
-    shape: input and output width, kernel, stride, expansion ratio. `symmetric`: pad as much before as after; else one
-    pixel less before, as blocks of stride 2 were trained. `residual`: add the input, as all but a stage's first do.
+    shape: input and output width, kernel, stride, expansion ratio. symmetric: pad as much before as after, else one
+    pixel less before. residual: add the input.
     """
 
     def __init__(self, config: ALIGNVisionConfig, shape: Sequence[int], symmetric: bool, residual: bool):
@@ -136,8 +133,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: ALIGNVisionConfig):
         super().__init__()
-        stem = 3, config.width(STEM_WIDTH), 3
-        self.embeddings = _conv_norm(config, "convolution", "batchnorm", *stem, stride=2)
+        self.embeddings = _conv_norm(config, "convolution", "batchnorm", 3, config.width(32), 3, stride=2)
         blocks = nn.ModuleList()
         widths = map(config.width, config.in_channels), map(config.width, config.out_channels)
         stages = zip(*widths, config.kernel_sizes, config.strides, config.expand_ratios, strict=True)
@@ -200,8 +196,7 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids (B, L) int64, mask (B, L), nonzero at tokens that are not padding -> hidden states (B, L, width)."""
-        x = self.embeddings["word_embeddings"](ids)
-        x = x + self.embeddings["position_embeddings"].weight[: ids.shape[1]]
+        x = self.embeddings["word_embeddings"](ids) + self.embeddings["position_embeddings"].weight[: ids.shape[1]]
         x = x + self.embeddings["token_type_embeddings"].weight[0]  # one sentence: every token is of type 0
         x = self.embeddings["LayerNorm"](x)
         keys = rearrange(mask.bool(), "b l -> b 1 1 l")
@@ -211,8 +206,7 @@ class TextTower(nn.Module):
 
 
 class ALIGN(nn.Module):
-    """Comparable features of images and texts. The reward takes their cosine; `temperature` is for training:
-    logits = cosine / temperature, with no exponential (unlike CLIP)."""
+    """Features of images and texts, not normalised: take cosines. For training: logits = cosine / temperature."""
 
     def __init__(self, config: ALIGNConfig = ALIGNConfig(), preprocess: Preprocessor | None = None):
         """`preprocess` makes pixels of PIL images; None for kakaobrain/align-base's way."""
@@ -226,16 +220,14 @@ class ALIGN(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32) -> ALIGN:
-        """Frozen, in eval mode, on the CPU; reads preprocessor_config.json too, if there is one.
-        Raises CheckpointError if the folder's files are missing or do not fit."""
-        preprocess = ALIGNPreprocessor.from_pretrained(Path(folder))
-        config = read_config(ALIGNConfig, Path(folder) / "config.json")
+        """Frozen, in eval mode, on the CPU. Raises CheckpointError if the folder's files are missing or do not fit."""
+        config, preprocess = read_config(ALIGNConfig, folder / "config.json"), ALIGNPreprocessor.from_pretrained(folder)
         return load(partial(cls, preprocess=preprocess), config, folder, dtype)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, H, W) from `preprocess`, of any size -> (B, projection_dim), not normalised."""
+        """pixels (B, 3, H, W) from `preprocess`, of any size -> (B, projection_dim)."""
         return self.vision_model(pixels)
 
     def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B, L) int64, mask (B, L), 1 at tokens, 0 at padding -> (B, projection_dim), of [CLS], not normalised."""
+        """ids (B, L) int64, mask (B, L), 1 at tokens, 0 at padding -> (B, projection_dim), of [CLS]."""
         return self.text_projection(self.text_model(ids, mask)[:, 0])

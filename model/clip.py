@@ -1,9 +1,8 @@
 """CLIP (Radford et al., 2021, arXiv 2103.00020): a text tower and a vision tower that share one feature space.
 
 `CLIPTextEncoder` is the text tower alone, whose last hidden state conditions Stable Diffusion: text_encoder/ of SD 1.x
-(openai/clip-vit-large-patch14) and of SD 2.x (OpenCLIP ViT-H; the file has left out its 24th layer).
-`CLIP` is both towers, for the CLIP-I and CLIP-T scores: openai/clip-vit-base-patch16 and the other sizes.
-Modules are named after those files' keys.
+(openai/clip-vit-large-patch14) and of SD 2.x (OpenCLIP ViT-H without its 24th layer). `CLIP` is both towers, for the
+CLIP-I and CLIP-T scores: openai/clip-vit-base-patch16 and other sizes. Modules are named after those files' keys.
 """
 
 from __future__ import annotations
@@ -75,52 +74,30 @@ class CLIPPreprocessor(Preprocessor):
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """(batch, n, width) -> the same; `causal`: position i attends to 0..i only."""
-        heads = (rearrange(p(x), "b n (h d) -> b h n d", h=self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(*heads, is_causal=causal)
-        return self.out_proj(rearrange(x, "b h n d -> b n (h d)"))
-
-
 class Layer(nn.Module):
     """Attention, then two linear layers, each normalised before and added to its input."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         super().__init__()
-        width, hidden = config.hidden_size, config.intermediate_size
+        self.heads, width, hidden = config.num_attention_heads, config.hidden_size, config.intermediate_size
         self.activation = ACTIVATIONS[config.hidden_act]
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.self_attn = Attention(width, config.num_attention_heads)
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """(batch, n, width) -> the same."""
-        x = x + self.self_attn(self.layer_norm1(x), causal)
+        """(batch, n, width) -> the same; `causal`: position i attends to 0..i only."""
+        normed = self.layer_norm1(x)
+        projected = (self.self_attn[f"{name}_proj"](normed) for name in "qkv")
+        heads = (rearrange(each, "b n (h d) -> b h n d", h=self.heads) for each in projected)
+        attended = F.scaled_dot_product_attention(*heads, is_causal=causal)
+        x = x + self.self_attn["out_proj"](rearrange(attended, "b h n d -> b n (h d)"))
         return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 
 
-class Encoder(nn.Module):
-    """The transformer inside each tower."""
-
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """(batch, n, width) -> the same."""
-        for layer in self.layers:
-            x = layer(x, causal)
-        return x
+def _layers(config: CLIPTextConfig | CLIPVisionConfig) -> nn.ModuleDict:
+    return nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
 
 
 class TextTower(nn.Module):
@@ -130,14 +107,16 @@ class TextTower(nn.Module):
         self.embeddings = nn.ModuleDict({name: nn.Embedding(n, config.hidden_size) for name, n in sizes.items()})
         for table in self.embeddings.values():
             nn.init.normal_(table.weight, std=0.02)  # as CLIP was trained; torch's N(0, 1) is far too large
-        self.encoder = Encoder(config)
+        self.encoder = _layers(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(batch, n) -> (batch, n, width). The mask is causal only: padding is attended to, as in training."""
         positions = self.embeddings["position_embedding"].weight[: ids.shape[1]]
         x = self.embeddings["token_embedding"](ids) + positions
-        return self.final_layer_norm(self.encoder(x, causal=True))
+        for layer in self.encoder["layers"]:
+            x = layer(x, causal=True)
+        return self.final_layer_norm(x)
 
 
 class VisionEmbeddings(nn.Module):
@@ -163,12 +142,14 @@ class VisionTower(nn.Module):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # spelled so in the files
-        self.encoder = Encoder(config)
+        self.encoder = _layers(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(batch, 3, s, s) -> (batch, width), of the class token."""
-        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        for layer in self.encoder["layers"]:
+            x = layer(x, causal=False)
         return self.post_layernorm(x[:, 0])
 
 
@@ -183,8 +164,7 @@ class CLIPTextEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> CLIPTextEncoder:
         """Frozen, in eval mode, on the CPU; `variant`: as for `find_weights`. Raises CheckpointError."""
-        config = read_config(CLIPTextConfig, Path(folder) / "config.json")
-        return load(cls, config, folder, dtype, add_prefix, variant)
+        return load(cls, read_config(CLIPTextConfig, folder / "config.json"), folder, dtype, add_prefix, variant)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 (batch, 77) -> last hidden state (batch, 77, width), after the final layer norm."""
@@ -192,13 +172,13 @@ class CLIPTextEncoder(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The dual encoder. Features are not normalised: take cosines."""
+    """Both towers. Features are not normalised: take cosines."""
 
     def __init__(self, config: CLIPConfig, preprocess: Preprocessor | None = None):
         """`preprocess` makes pixels of PIL images; None for openai's way at the config's image size."""
         super().__init__()
         self.config = config
-        self.image_size = side = config.vision_config.image_size
+        side = config.vision_config.image_size
         self.preprocess = preprocess or CLIPPreprocessor(size=side, crop_size=side)
         self.preprocess.check_side(side)
         self.text_model = TextTower(config.text_config)
@@ -209,10 +189,8 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32) -> CLIP:
-        """Frozen, in eval mode, on the CPU; reads preprocessor_config.json too, if there is one.
-        Raises CheckpointError if the folder's files are missing or do not fit."""
-        preprocess = CLIPPreprocessor.from_pretrained(Path(folder))
-        config = read_config(CLIPConfig, Path(folder) / "config.json")
+        """Frozen, in eval mode, on the CPU. Raises CheckpointError if the folder's files are missing or do not fit."""
+        config, preprocess = read_config(CLIPConfig, folder / "config.json"), CLIPPreprocessor.from_pretrained(folder)
         return load(partial(cls, preprocess=preprocess), config, folder, dtype)
 
     def image_features(self, pixels: Tensor) -> Tensor:

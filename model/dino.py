@@ -61,33 +61,26 @@ class Embeddings(nn.Module):
         return torch.cat([first, patches], dim=1) + self.position_embeddings
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, config: DINOConfig):
-        super().__init__()
-        self.heads = config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, n, width) -> the same."""
-        heads = (rearrange(p(x), "b n (h d) -> b h n d", h=self.heads) for p in (self.query, self.key, self.value))
-        return rearrange(F.scaled_dot_product_attention(*heads), "b h n d -> b n (h d)")
-
-
 class Layer(nn.Module):
+    """Attention, then two linear layers, each normalised before and added to its input."""
+
     def __init__(self, config: DINOConfig):
         super().__init__()
-        width, hidden = config.hidden_size, config.intermediate_size
+        self.heads, width, hidden = config.num_attention_heads, config.hidden_size, config.intermediate_size
         self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.attention = nn.ModuleDict({"attention": SelfAttention(config), "output": _dense(width, width)})
+        projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"attention": projections, "output": _dense(width, width)})
         self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.intermediate = _dense(width, hidden)
         self.output = _dense(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, n, width) -> the same."""
-        x = x + self.attention["output"]["dense"](self.attention["attention"](self.layernorm_before(x)))
+        normed = self.layernorm_before(x)
+        projected = (projection(normed) for projection in self.attention["attention"].values())
+        heads = (rearrange(each, "b n (h d) -> b h n d", h=self.heads) for each in projected)
+        attended = rearrange(F.scaled_dot_product_attention(*heads), "b h n d -> b n (h d)")
+        x = x + self.attention["output"]["dense"](attended)
         return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
 
 
@@ -98,19 +91,16 @@ class DINO(nn.Module):
         """`preprocess` makes pixels of PIL images; None for the default way at the config's image size."""
         super().__init__()
         self.config = config
-        self.image_size = side = config.image_size
-        self.preprocess = preprocess or DINOPreprocessor(size=side)
-        self.preprocess.check_side(side)
+        self.preprocess = preprocess or DINOPreprocessor(size=config.image_size)
+        self.preprocess.check_side(config.image_size)
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32) -> DINO:
-        """Frozen, in eval mode, on the CPU; reads preprocessor_config.json too, if there is one.
-        Raises CheckpointError if the folder's files are missing or do not fit."""
-        preprocess = DINOPreprocessor.from_pretrained(Path(folder))
-        config = read_config(DINOConfig, Path(folder) / "config.json")
+        """Frozen, in eval mode, on the CPU. Raises CheckpointError if the folder's files are missing or do not fit."""
+        config, preprocess = read_config(DINOConfig, folder / "config.json"), DINOPreprocessor.from_pretrained(folder)
         return load(partial(cls, preprocess=preprocess), config, folder, dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:

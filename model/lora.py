@@ -6,8 +6,6 @@ New adapters are given to the projections of the U-Net's attention: q, k, v and 
 the base, θ₀, so that no second U-Net is needed. Files are read and written as model/files/lora_file.py describes.
 """
 
-from __future__ import annotations
-
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.files.errors import CheckpointError
-from model.files.lora_file import ALPHA, DOWN, UP, adapter_name, base_in_header, kohya_header, read_adapters
+from model.files.lora_file import ALPHA, DOWN, UP, adapter_name, base_in_header, read_adapters
 from model.files.tensors import load_tensors, read_tensors
 
 PROJECTION = re.compile(r".+\.attn[12]\.(?:to_[qkv]|to_out\.0)")
@@ -37,10 +35,6 @@ class Adapter(nn.Module):
             self.lora_down = nn.Conv2d(layer.in_channels, rank, *shape, **options)
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), or (B, in, H, W) -> (B, out, H', W'); not yet times `scale`."""
-        return self.lora_up(self.lora_down(x))
-
 
 class AdaptedLayer(nn.Module):
     """A layer and its adapter, in the layer's place."""
@@ -52,7 +46,7 @@ class AdaptedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The shapes are the layer's."""
         y = self.layer(x)
-        return torch.add(y, self.lora(x), alpha=self.lora.scale) if self.on else y
+        return torch.add(y, self.lora.lora_up(self.lora.lora_down(x)), alpha=self.lora.scale) if self.on else y
 
 
 class LoRA(nn.ModuleDict):
@@ -62,7 +56,7 @@ class LoRA(nn.ModuleDict):
 def add_lora(unet: nn.Module, rank: int, alpha: float | None = None, *, generator: torch.Generator) -> LoRA:
     """Freeze the U-Net and give it new adapters, which change nothing yet; returns them, to be trained.
 
-    alpha: by default the rank. generator: on the CPU, draws `down` uniformly, with a Linear's variance 1 / (3 * width).
+    alpha: by default the rank. generator: on the CPU, draws `down` uniformly, as torch initialises a Linear.
     """
     tensors, alphas = {}, {}
     for place, layer in unet.named_modules():
@@ -77,10 +71,9 @@ def add_lora(unet: nn.Module, rank: int, alpha: float | None = None, *, generato
 
 
 def load_lora(unet: nn.Module, path: Path, read: dict[str, Tensor] | None = None) -> LoRA:
-    """Give the U-Net, which has none yet, the adapters of a file, frozen; returns them.
+    """Give the U-Net, which has none yet, the adapters of a file, of any layers; frozen; returns them.
 
-    read: the file's tensors, if they have been read already. The file may adapt any linear or convolution layers, each
-    with its own rank and alpha. Raises CheckpointError, and leaves the U-Net as it was, if it does not fit.
+    read: the file's tensors, if known. Raises CheckpointError, and leaves the U-Net as it was, if it does not fit.
     """
     try:
         tensors, alphas = read_adapters(path, read_tensors(path) if read is None else read)
@@ -108,7 +101,7 @@ def _attach(unet: nn.Module, tensors: dict[str, Tensor], alphas: dict[str, float
 
 
 def lora_of(unet: nn.Module) -> LoRA:
-    """The adapters a U-Net has, perhaps none; of a deepcopy the copy's own."""
+    """The adapters a U-Net has, perhaps none."""
     return LoRA({adapter_name(place): adapted.lora for place, adapted in _adapted(unet)})
 
 
@@ -149,9 +142,12 @@ def lora_tensors(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_header(unet: nn.Module) -> dict[str, str]:
-    """The header of a file with the adapters of `add_lora`, which all have one rank and alpha."""
+    """The header of a file with the adapters of `add_lora`, as kohya's tools write it; they name the base SD 1 or 2."""
     adapter = next(iter(lora_of(unet).values()))
-    return kohya_header(adapter.rank, adapter.alpha, unet.config.cross_attention_dim)
+    sizes = {"ss_network_dim": str(adapter.rank), "ss_network_alpha": str(adapter.alpha)}
+    bases = {768: {"ss_base_model_version": "sd_v1"}, 1024: {"ss_base_model_version": "sd_v2", "ss_v2": "True"}}
+    base = bases.get(unet.config.cross_attention_dim, {})
+    return {"format": "pt", "ss_network_module": "networks.lora"} | sizes | base
 
 
 def _adapted(unet: nn.Module) -> list[tuple[str, AdaptedLayer]]:

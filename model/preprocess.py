@@ -19,7 +19,7 @@ from model.files.config import read_config
 class Preprocessor:
     """Resize, cut out the centre, scale, normalise: bit for bit as transformers' processors for PIL images.
 
-    The defaults are the simplest case; each network has its own. Raises ValueError for a size of another form.
+    Raises ValueError for a size of another form.
     """
 
     size: int | dict = 224  # a number, or {"shortest_edge": number}, or {"height": number, "width": the same}

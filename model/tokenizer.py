@@ -1,8 +1,8 @@
 """Text to token ids: CLIP's byte-level BPE and BERT's WordPiece, from the public checkpoints' vocabulary files.
 
-CLIP (Radford et al., 2021, arXiv 2103.00020; vocab.json + merges.txt) feeds the text towers of Stable Diffusion and of
-CLIP. BERT (Devlin et al., 2019, arXiv 1810.04805; vocab.txt) feeds ALIGN. The `tokenizers` library merges the pieces;
-this file gives it the rules, and adds the first, the last and the padding token.
+CLIP's (arXiv 2103.00020; vocab.json + merges.txt) feeds the text towers of Stable Diffusion and of CLIP, BERT's (arXiv
+1810.04805; vocab.txt) feeds ALIGN. The `tokenizers` library merges the pieces; this file gives it the rules, and adds
+the first, the last and the padding token.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ class _Tokenizer:
         ids, most = max(self.cutter.get_vocab().values()) + 1, config.max_position_embeddings
         if ids > config.vocab_size or self.length > most:
             ours = f"the tokenizer has {ids} ids and texts of {self.length} tokens"
-            theirs = f"{network} reads {config.vocab_size} and {most}"
-            raise CheckpointError(f"{ours}, but {theirs}: they are of different models")
+            raise CheckpointError(f"{ours}, but {network} reads {config.vocab_size} and {most}: use its own tokenizer")
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of a text, without the first and the last one, and not truncated."""
@@ -43,9 +42,8 @@ class _Tokenizer:
 
     def overflow(self, text: str) -> str:
         """The end of the text that does not fit, which the model does not see: "" if all of it fits."""
-        offsets = self.cutter.encode(text, add_special_tokens=False).offsets
-        room = self.length - 2
-        return text[offsets[room][0] :] if len(offsets) > room else ""
+        cut = self.cutter.encode(text, add_special_tokens=False).offsets[self.length - 2 :]
+        return text[cut[0][0] :] if cut else ""
 
     def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask (1 for a token, 0 for padding), both int64 (batch, length)."""
@@ -69,7 +67,6 @@ class CLIPTokenizer(_Tokenizer):
     def from_pretrained(cls, folder: Path) -> CLIPTokenizer:
         """Read vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes instead, and, if present,
         added tokens, the padding token and the length. Raises CheckpointError if a file is missing or broken."""
-        folder = Path(folder)
         settings = _optional_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in settings:  # else that describes them
             settings |= _optional_json(folder / "special_tokens_map.json")
@@ -77,7 +74,10 @@ class CLIPTokenizer(_Tokenizer):
         special = [_added_token(settings.get(name) or default, special=True) for name, default in names.items()]
         first, last, pad = (token.content for token in special)
         if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-            cutter = _whole_tokenizer(folder / "tokenizer.json")
+            with error_context(f"{folder / 'tokenizer.json'} is no tokenizer"):
+                cutter = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            cutter.no_padding()
+            cutter.no_truncation()
             _require([first, last, pad], cutter.get_vocab(), folder)
         else:
             cutter = _clip_tokenizer(folder, unknown=last)
@@ -85,7 +85,7 @@ class CLIPTokenizer(_Tokenizer):
         return cls(cutter, first, last, pad, _length(settings, 77))
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Ids, int64 (batch, length), truncated and padded; the last token of a truncated text stays the end token."""
+        """Ids, int64 (batch, length), truncated and padded."""
         return self._encode(texts)[0]
 
 
@@ -96,16 +96,10 @@ class BertTokenizer(_Tokenizer):
     def from_pretrained(cls, folder: Path) -> BertTokenizer:
         """Read vocab.txt (the line number is the id) and, if present, tokenizer_config.json.
         Raises CheckpointError if a file is missing or broken."""
-        folder = Path(folder)
         vocab = {token: index for index, token in enumerate(_lines(folder / "vocab.txt"))}
         _require(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], vocab, folder)
         settings = _optional_json(folder / "tokenizer_config.json")
-        cutter = BertWordPieceTokenizer(
-            vocab,
-            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-            strip_accents=settings.get("strip_accents"),  # None: only with lower-casing
-            lowercase=settings.get("do_lower_case", True),
-        )
+        cutter = BertWordPieceTokenizer(vocab, lowercase=settings.get("do_lower_case", True))
         return cls(cutter, "[CLS]", "[SEP]", "[PAD]", _length(settings, 64))
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -123,35 +117,22 @@ def _optional_json(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
 
 
-def _whole_tokenizer(path: Path) -> Tokenizer:
-    """The rules, the vocabulary and the added tokens of a tokenizer.json."""
-    with error_context(f"{path} is no tokenizer"):
-        cutter = Tokenizer.from_file(str(path))
-    cutter.no_padding()
-    cutter.no_truncation()
-    return cutter
-
-
 def _clip_tokenizer(folder: Path, unknown: str) -> Tokenizer:
     """CLIP's rules with the tokens of vocab.json and the pairs to merge of merges.txt, best first."""
-    vocab = read_json(folder / "vocab.json")
-    merges = [line for line in _lines(folder / "merges.txt") if line and not line.startswith("#version")]
-    merges = [tuple(line.split(" ")) for line in merges]
+    vocab, lines = read_json(folder / "vocab.json"), _lines(folder / "merges.txt")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     rules = {"end_of_word_suffix": "</w>", "continuing_subword_prefix": "", "unk_token": unknown}
     with error_context(f"{folder}: the vocabulary and the merges do not fit together"):
         cutter = Tokenizer(models.BPE(vocab, merges, **rules))
-    cleaning = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    cutter.normalizer = normalizers.Sequence(cleaning)
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    cutter.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True)
     cutter.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return cutter
 
 
 def _add_tokens(cutter: Tokenizer, special: list[AddedToken], folder: Path, settings: dict) -> None:
-    """Add the tokens that are not in the vocabulary, such as <cat-toy>, and mark the special ones.
-
-    transformers 4 writes them into added_tokens.json and into tokenizer_config.json.
-    """
+    """Add the tokens that are not in the vocabulary, such as <cat-toy>, and mark the special ones."""
     entries = settings.get("added_tokens_decoder")
     if entries is None:
         entries = {index: token for token, index in _optional_json(folder / "added_tokens.json").items()}

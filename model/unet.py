@@ -4,9 +4,8 @@
                         │          │          │          │         mid
     output ─ conv_out ──┴── up 3 ──┴── up 2 ──┴── up 1 ──┴── up 0 ──┘
 
-The vertical bars are skip connections, one for conv_in, each layer and each halving. SD's levels are 320, 640, 1280 and
-1280 channels wide; the three largest maps read the prompt, the smallest only in the middle. Modules carry the names of
-the public `unet/diffusion_pytorch_model.safetensors`.
+The vertical bars are skip connections, one for conv_in, each layer and each halving. Modules carry the names of the
+public `unet/diffusion_pytorch_model.safetensors`.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.files.config import config_from, read_json
-from model.files.errors import CheckpointError
+from model.files.config import read_config
 from model.files.tensors import load
 
 RESNET_EPS = 1e-5  # GroupNorm of the resnets and before conv_out
@@ -31,14 +29,6 @@ TRANSFORMER_EPS = 1e-6  # GroupNorm at the start of a transformer
 
 # The kinds of blocks; True: they read the prompt.
 BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
-
-# Fields of config.json that only other public U-Nets set.
-OTHER_MODELS = {
-    "addition_embed_type": "SDXL",
-    "class_embed_type": "unCLIP",
-    "num_class_embeds": "an upscaler",
-    "time_cond_proj_dim": "a latent consistency model",
-}
 
 
 @dataclass(frozen=True)
@@ -96,32 +86,18 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> UNet:
-        """The U-Net of a checkpoint's `unet` folder, frozen, on the CPU; `variant`: as for `find_weights`.
-
-        Raises CheckpointError if it is another kind of U-Net, or if a tensor does not fit.
-        """
-        path = Path(folder) / "config.json"
-        values = read_json(path)
-        for field, model in OTHER_MODELS.items():
-            if values.get(field) is not None:
-                raise CheckpointError(f"{path} is of {model}, which is not supported ({field} = {values[field]!r})")
-        return load(cls, config_from(UNetConfig, values, path), folder, dtype, variant=variant)
+        """Frozen, in eval mode, on the CPU; `variant`: as for `find_weights`. Raises CheckpointError."""
+        return load(cls, read_config(UNetConfig, folder / "config.json"), folder, dtype, variant=variant)
 
     def checkpoint_gradients(self) -> None:
-        """Keep only the inputs of resnets and transformers; backward() computes the rest again (arXiv 1604.06174).
-
-        A deepcopy made afterwards would run this network's layers.
-        """
+        """Keep only the inputs of resnets and transformers; backward() computes the rest again (arXiv 1604.06174)."""
         for layer in self.modules():
             if isinstance(layer, (ResNet, Transformer)):  # no dropout, so no random state to restore
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, latents: Tensor, timestep: int | Tensor, context: Tensor) -> Tensor:
-        """The prediction for noisy latents.
-
-        latents (B, 4, H, W), any H and W; timestep in 0..999: a number, or a tensor () or (B,);
-        context (B, T, cross_attention_dim), the encoded prompt -> ε or v (B, 4, H, W).
-        """
+        """latents (B, 4, H, W), any H and W; timestep in 0..999: a number, or a tensor () or (B,);
+        context (B, T, cross_attention_dim), the encoded prompt -> ε or v (B, 4, H, W)."""
         t = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         t = F.silu(self.time_embedding(t))  # the first step of every resnet's time_emb_proj
         x = self.conv_in(latents)
@@ -181,9 +157,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skips: list[Tensor], t: Tensor, context: Tensor, size: torch.Size | None) -> Tensor:
         """x (B, C_in, H, W), skips (B, C_i, H, W) for each resnet, t (B, 4·C_0), context (B, T, D) -> (B, C, *size).
-
-        size: (height, width) of the level above, odd where halving rounded up; None at the top, which keeps H and W.
-        """
+        size: (height, width) of the level above, odd where halving rounded up; None at the top, which keeps H and W."""
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = resnet(torch.cat([x, skip], dim=1), t)
             if self.attentions:
@@ -290,8 +264,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.half = width // 2
-        self.linear_1 = nn.Linear(width, hidden)
-        self.linear_2 = nn.Linear(hidden, hidden)
+        self.linear_1, self.linear_2 = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) in 0..999 -> (B, hidden)."""

@@ -1,7 +1,7 @@
 """The autoencoder of Stable Diffusion (arXiv 2112.10752): an image to a latent Gaussian, latents back to an image.
 
-Modules carry the names of the public `vae/diffusion_pytorch_model.safetensors` (SD 1.x, 2.x and XL share the layout).
-`encode` and `decode` do not apply `config.scaling_factor`: the U-Net sees scaling_factor * z, so the caller multiplies.
+Modules carry the names of the public `vae/diffusion_pytorch_model.safetensors`. `encode` and `decode` do not apply
+`config.scaling_factor`: the U-Net sees scaling_factor * z, so the caller multiplies.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.files.config import config_from, read_json
-from model.files.errors import CheckpointError
+from model.files.config import read_config
 from model.files.tensors import load
 
 EPS = 1e-6  # of every GroupNorm here; the U-Net's resnets have 1e-5
@@ -37,7 +36,7 @@ class VAEConfig:
 
 
 class VAE(nn.Module):
-    """A convolutional autoencoder with a diagonal Gaussian bottleneck, `downscale` times smaller on each side."""
+    """An image to a diagonal Gaussian, `downscale` times smaller on each side, and back."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -50,15 +49,8 @@ class VAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype=torch.float32, variant: str | None = None) -> VAE:
-        """The VAE of a checkpoint's `vae` folder, frozen, on the CPU; `variant`: as for `find_weights`.
-
-        Raises CheckpointError if it is another kind of VAE, or if a tensor does not fit.
-        """
-        path = Path(folder) / "config.json"
-        values = read_json(path)
-        if values.get("use_quant_conv") is False:
-            raise CheckpointError(f"{path}: use_quant_conv is false, as in SD 3 and Flux, which are not supported")
-        return load(cls, config_from(VAEConfig, values, path), folder, dtype, rename_old_attention, variant)
+        """Frozen, in eval mode, on the CPU; `variant`: as for `find_weights`. Raises CheckpointError."""
+        return load(cls, read_config(VAEConfig, folder / "config.json"), folder, dtype, rename_old_attention, variant)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> mean and log variance of z, each (B, 4, H/8, W/8), unscaled."""
@@ -155,9 +147,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, EPS)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,10 +158,8 @@ class Attention(nn.Module):
 
 
 def rename_old_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the attention's layers in files from before 2023, as every original SD upload is.
-
-    Weights stored as 1x1 convolutions (C, C, 1, 1) become matrices (C, C).
-    """
+    """Rename the attention's layers in files from before 2023, as every original SD upload is; weights (C, C, 1, 1), of
+    1x1 convolutions, become matrices (C, C)."""
     names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
     renamed = {}
     for name, tensor in tensors.items():

@@ -44,7 +44,7 @@ def read_adapters(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Ten
         raise CheckpointError(f"{path} holds {other}: LoRAs of text encoders, LyCORIS and DoRA are not supported")
     if not is_lora(tensors):
         raise CheckpointError(f"{path} is no LoRA but {what_is(tensors) or 'something unknown'}")
-    alpha = _alpha_of_peft(path, tensors)
+    alpha = _common_alpha(path, tensors)
     tensors = {_kohya_key(key): tensor for key, tensor in tensors.items()}
     ranks = {key.removesuffix(DOWN): len(tensor) for key, tensor in tensors.items() if key.endswith(DOWN)}
     return tensors, {name: float(tensors.pop(name + ALPHA, alpha or rank)) for name, rank in ranks.items()}
@@ -59,9 +59,9 @@ def _kohya_key(key: str) -> str:
     return adapter_name(match[1]) + (DOWN if match[2] in ("A", "down") else UP)
 
 
-def _alpha_of_peft(path: Path, tensors: Iterable[str]) -> float | None:
+def _common_alpha(path: Path, keys: Iterable[str]) -> float | None:
     """The alpha of all adapters: diffusers writes it into the header, peft into adapter_config.json."""
-    if any(key.startswith("base_model.model.") for key in tensors):
+    if any(key.startswith("base_model.model.") for key in keys):
         settings = read_json(path.with_name("adapter_config.json"))
     else:
         noted = json.loads(_header(path).get("lora_adapter_metadata", "{}"))
@@ -78,11 +78,3 @@ def base_in_header(path: Path) -> str | None:
 
 def _header(path: Path) -> dict[str, str]:
     return read_metadata(path) if path.suffix == ".safetensors" else {}
-
-
-def kohya_header(rank: int, alpha: float, text_width: int) -> dict[str, str]:
-    """What kohya's tools write into the header: the kind of LoRA and, for SD 1 and 2, the version of the base."""
-    sizes = {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    version = {768: "sd_v1", 1024: "sd_v2"}.get(text_width)
-    base = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}  # ss_v2: for A1111
-    return {"format": "pt", "ss_network_module": "networks.lora"} | sizes | base

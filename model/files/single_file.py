@@ -1,8 +1,7 @@
 """A whole Stable Diffusion 1.x or 2.x in one file, as model sites share it: `v1-5-pruned-emaonly.safetensors`.
 
-Such a file has the names of the code that SD was trained with (CompVis/stable-diffusion, arXiv 2112.10752), not those
-of the folders. `NAMES` holds the tables from ours to theirs; reading uses them in the other direction. CompVis
-numbers the blocks of the U-Net across its levels:
+Such a file has the names of the code that SD was trained with (CompVis/stable-diffusion, arXiv 2112.10752). `NAMES`
+holds the tables from our names to theirs. CompVis numbers the blocks of the U-Net across its levels:
 
     input_blocks    0 conv_in | level 0: resnets 1 2, downsampler 3 | level 1: 4 5, 6 | ...
     output_blocks   level 0: resnets 0 1 2, upsampler inside 2 | level 1: 3 4 5 | ...
@@ -27,21 +26,14 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text
 OPENAI, OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."  # SD 1.x, SD 2.x
 PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
-# What the config.json files of the public folders say. A single file of a model site has none.
+# What the config.json files of the public folders say, without the defaults of our configurations. A single file of a
+# model site has none.
 TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
 SD_1 = {
-    "unet": {
-        "block_out_channels": [320, 640, 1280, 1280],
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        "layers_per_block": 2,
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-        "sample_size": 64,
-    },
-    "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "scaling_factor": 0.18215},
+    "unet": {"layers_per_block": 2, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3},
+    "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2},
     "text_encoder": dict(zip(TEXT, (768, 3072, 12, 12, "quick_gelu"), strict=True)),
-    "scheduler": {},  # the defaults of SchedulerConfig
+    "scheduler": {},
 }
 UNET_2 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 SD_2 = SD_1 | {
@@ -49,7 +41,7 @@ SD_2 = SD_1 | {
     "text_encoder": dict(zip(TEXT, (1024, 4096, 23, 16, "gelu"), strict=True)),
 }
 
-# Modules inside our modules, and their names there. What a table does not hold has the same name on both sides.
+# Modules inside our modules, and their names there. What a table does not hold has one name.
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
 RESNET |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -75,9 +67,7 @@ def read_single_file(path: Path | str, prediction_type: str | None = None) -> Pa
 
     Returns {"unet", "vae", "text_encoder": (values of its config.json, tensors under its file's names), "scheduler":
     values of its config}. Tensors are views into the mapped file; they are checked when a network loads them.
-
-    prediction_type: "epsilon" or "v_prediction"; None to take what the file says, or epsilon for SD 1.x.
-    Raises CheckpointError if the file is broken or no whole SD, or if nothing says what an SD 2.x predicts.
+    prediction_type: as for `describe`. Raises CheckpointError if the file is broken or no whole SD 1.x or 2.x.
     """
     refuse_pickle(path)
     tensors = read_tensors(path)
@@ -89,14 +79,13 @@ def read_single_file(path: Path | str, prediction_type: str | None = None) -> Pa
 def write_single_file(path: Path | str, parts: Parts, metadata: Mapping[str, str] | None = None) -> None:
     """Write `parts`, as `read_single_file` returns them, to a CompVis-layout safetensors file, in half precision.
 
-    The header holds `metadata`, the config values, and for other tools `modelspec.prediction_type` (Stability AI's
-    ModelSpec). Raises ValueError as `save_tensors` does.
+    The header holds `metadata`, the config values, and `modelspec.prediction_type`, which other tools read. Raises
+    ValueError as `save_tensors` does.
     """
-    halves, config = {}, {}
+    halves, config = {}, {"scheduler": parts["scheduler"]}
     for part in PREFIXES:
         config[part], tensors = parts[part]
         halves |= {name: tensor.half() for name, tensor in to_compvis(part, config[part], tensors).items()}
-    config["scheduler"] = parts["scheduler"]
     predicts = "v" if config["scheduler"].get("prediction_type") == "v_prediction" else "epsilon"
     header = {CONFIG_KEY: json.dumps(config), "modelspec.prediction_type": predicts}
     save_tensors(halves, path, dict(metadata or {}) | header)
@@ -109,8 +98,7 @@ def describe(tensors: Tensors, header: Mapping[str, str], prediction_type: str |
     `modelspec.predict_key` and an empty tensor `v_pred` (both ComfyUI).
     """
     is_2 = any(name.startswith(OPENCLIP) for name in tensors)
-    public = SD_2 if is_2 else SD_1
-    values = json.loads(header[CONFIG_KEY]) if CONFIG_KEY in header else public
+    values = json.loads(header[CONFIG_KEY]) if CONFIG_KEY in header else SD_2 if is_2 else SD_1
     said = prediction_type or values["scheduler"].get("prediction_type")
     said = said or header.get("modelspec.prediction_type") or header.get("modelspec.predict_key")
     predicts = PREDICTION_TYPES.get(said) or ("v_prediction" if "v_pred" in tensors else None)
@@ -125,7 +113,7 @@ def describe(tensors: Tensors, header: Mapping[str, str], prediction_type: str |
 def from_compvis(part: str, values: dict, tensors: Tensors) -> Tensors:
     """The tensors of one part in a CompVis-layout file under our names; unknown names stay, so that loading fails."""
     ours = {theirs: ours for ours, theirs in NAMES[part](values).items()}
-    if part == "text_encoder":  # some tools leave out text_model; A1111 reads their files too
+    if part == "text_encoder":  # some tools leave out text_model
         ours |= {name: f"text_model.{name}" for name in ("embeddings", "encoder", "final_layer_norm")}
     renamed = {}
     for name, tensor in tensors.items():
@@ -155,8 +143,10 @@ def to_compvis(part: str, values: dict, tensors: Tensors) -> Tensors:
             name = name.replace("q_proj.", "in_proj_")
             tensor = torch.cat([tensors[ours.replace("q_proj", f"{x}_proj")] for x in "qkv"])
         renamed[name] = tensor
-    if _prefix(part, values) == OPENCLIP:
-        renamed |= _unused_openclip(renamed, values["hidden_size"])
+    if _prefix(part, values) == OPENCLIP:  # what diffusers 0.32 and ComfyUI look for; a layer of zeros changes nothing
+        last = {name: tensor for name, tensor in renamed.items() if name.startswith("transformer.resblocks.22.")}
+        renamed |= {name.replace(".22.", ".23."): torch.zeros_like(tensor) for name, tensor in last.items()}
+        renamed |= {"text_projection": torch.eye(values["hidden_size"]), "logit_scale": torch.zeros(())}
     return {_prefix(part, values) + name: tensor for name, tensor in renamed.items()}
 
 
@@ -188,8 +178,8 @@ def _vae_names(values: dict) -> dict[str, str]:
     for side, way in (("encoder", "down"), ("decoder", "up")):
         names[f"{side}.conv_norm_out"] = f"{side}.norm_out"
         names |= {f"{side}.mid_block.resnets.{j}": f"{side}.mid.block_{j + 1}" for j in range(2)}
-        for a, b in VAE_ATTENTION.items():
-            names[f"{side}.mid_block.attentions.0.{a}"] = f"{side}.mid.attn_1.{b}"
+        middle = f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1"
+        names |= {f"{middle[0]}.{a}": f"{middle[1]}.{b}" for a, b in VAE_ATTENTION.items()}
         for i in range(levels):
             level = i if way == "down" else levels - 1 - i  # theirs are numbered by size on both sides
             ours, theirs = f"{side}.{way}_blocks.{i}", f"{side}.{way}.{level}"
@@ -230,13 +220,6 @@ def _prefix(part: str, values: dict) -> str:
     return OPENCLIP if values["hidden_act"] == "gelu" else OPENAI  # OpenAI's CLIP has quick_gelu
 
 
-def _unused_openclip(tensors: Tensors, width: int) -> Tensors:
-    """What diffusers 0.32 and ComfyUI look for in 2.x files: constants, and a layer of zeros, which changes nothing."""
-    last = [name for name in tensors if name.startswith("transformer.resblocks.22.")]
-    unused = {name.replace(".22.", ".23."): torch.zeros_like(tensors[name]) for name in last}
-    return unused | {"text_projection": torch.eye(width), "logit_scale": torch.zeros(())}
-
-
 def check_channels(takes: int, gives: int, latents: int, source: Path | str) -> None:
     """Raise CheckpointError if a U-Net with these input and output channels cannot denoise the VAE's latents."""
     if (takes, gives) != (latents, latents):
@@ -251,8 +234,8 @@ def _refuse_others(tensors: Tensors, path: Path) -> None:
     if (kind := what_is(tensors)) not in (None, WHOLE):
         wanted = "--base takes a whole Stable Diffusion 1.x or 2.x, --ckpt what train.py wrote"
         raise CheckpointError(f"{path} is {kind}: {wanted}")
-    parts = {part: f"{part} ({prefix}*)" for part, prefix in PREFIXES.items()}
-    if lacking := [parts[part] for part in PREFIXES if not any(key.startswith(PREFIXES[part]) for key in tensors)]:
+    present = {part for part, prefix in PREFIXES.items() for key in tensors if key.startswith(prefix)}
+    if lacking := [f"{part} ({prefix}*)" for part, prefix in PREFIXES.items() if part not in present]:
         raise CheckpointError(f"{path} is not a whole Stable Diffusion in one file: it lacks {', '.join(lacking)}")
     if (first := tensors.get("model.diffusion_model.input_blocks.0.0.weight")) is not None:
         check_channels(first.shape[1], 4, 4, path)

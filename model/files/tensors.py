@@ -1,8 +1,8 @@
 """Find and read the tensors of a public checkpoint, and load them into a network, strictly.
 
 Modules are named after the public files' keys, so loading is a copy. A key that is missing, unexpected or of another
-shape is an error that names it: one wrong layer would draw noise without any message. Safetensors files are mapped into
-memory: weights in the file's own dtype are read when they are used, and stay valid if the file is replaced or deleted.
+shape is an error that names it. Safetensors files are mapped into memory: weights in the file's own dtype are read when
+they are used, and stay valid if the file is replaced or deleted.
 """
 
 import os
@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -19,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from model.files.errors import CheckpointError, check_file, error_context, is_out_of_memory
 
-Network = TypeVar("Network", bound=nn.Module)
-NetworkClass = Callable[[object], Network]
+NetworkClass = Callable[[object], nn.Module]
 Tensors = dict[str, Tensor]
 
 # Names of diffusers and transformers, the preferred first. align-base and dino-vits16 have pytorch_model.bin only.
@@ -38,20 +36,17 @@ TELL_TALES = {
     r"controlnet_": "a ControlNet",
     r"time_embedding\.linear_1\.|^(down_blocks|mid_block|up_blocks|input_blocks)\.": "a U-Net",
     r"^(encoder|decoder)\.(conv_in|down|up|mid)": "a VAE",
-    r"vision_model\.embeddings\.convolution\.": "ALIGN",
-    r"vision_model\.pre_layrnorm\.": "CLIP, with both its towers",
+    r"^vision_model\.": "CLIP or ALIGN, with both towers",
     r"^(text_model|embeddings\.token_embedding)\.": "a CLIP text encoder",
-    r"embeddings\.cls_token": "a vision transformer, such as DINO",
 }
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:
     """The weight file of a network's folder; safetensors before .bin.
 
-    A variant is a word in the name, such as fp16 in model.fp16.safetensors. Without `variant` the plain file is taken,
-    or else the only variant. Raises CheckpointError, with what the folder holds, if there is none, or a choice.
+    A variant is a word in the name, such as fp16 in model.fp16.safetensors. By default the plain file is taken, or else
+    the only variant. Raises CheckpointError, with what the folder holds, if there is none, or a choice.
     """
-    folder = Path(folder)
     with error_context(f"{folder} is not a checkpoint folder"):
         names = sorted(os.listdir(folder))
     for file in WEIGHT_FILES:
@@ -64,7 +59,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
         if found:
             return folder / found[0]
     wanted = f"no weights of the variant {variant}" if variant else f"none of {', '.join(WEIGHT_FILES)}"
-    raise CheckpointError(f"{folder} holds {wanted}, only {_some(names, most=6) or 'no file at all'}")
+    raise CheckpointError(f"{folder} holds {wanted}, only {_some(names) or 'no file at all'}")
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -72,13 +67,9 @@ def read_tensors(path: Path) -> Tensors:
 
     Raises CheckpointError for a file that is missing, broken or something else.
     """
-    if Path(path).suffix in (".bin", ".pth"):
-        return _read_bin(path)
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in sorted(file.keys())}
-
-
-def _read_bin(path: Path) -> Tensors:
+    if Path(path).suffix not in (".bin", ".pth"):
+        with _opened(path) as file:
+            return {name: file.get_tensor(name) for name in sorted(file.keys())}
     check_file(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -113,16 +104,16 @@ def what_is(keys: Iterable[str]) -> str | None:
 def load_tensors(network: nn.Module, tensors: Tensors, source: Path | str, dtype=torch.float32) -> None:
     """Put `tensors` into `network`, which may be on the meta device; floating-point tensors are cast to `dtype`.
 
-    `position_ids`, a constant that older files hold, is ignored. Raises CheckpointError, naming the first few keys, if
-    any is missing, unexpected or misshapen.
+    Raises CheckpointError, naming the first few keys, if any is missing, unexpected or misshapen.
     """
     expected, kind = network.state_dict(), what_is(tensors)
+    # position_ids is a constant in older files
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
-    both = [(name, tuple(tensors[name].shape), tuple(expected[name].shape)) for name in expected if name in tensors]
+    shapes = {name: (tuple(tensors[name].shape), tuple(expected[name].shape)) for name in tensors if name in expected}
     found = {
         "lacks": sorted(expected.keys() - tensors.keys()),
         "has unexpected": sorted(tensors.keys() - expected.keys()),
-        "has other shapes:": [f"{name} is {a} and should be {b}" for name, a, b in sorted(both) if a != b],
+        "has other shapes:": [f"{name} is {a} and should be {b}" for name, (a, b) in shapes.items() if a != b],
     }
     if problems := [f"{what} {_some(names)}" for what, names in found.items() if names]:
         if kind and kind != what_is(expected):
@@ -139,35 +130,34 @@ def load(
     dtype=torch.float32,
     rename: Callable[[Tensors], Tensors] = dict,  # no name changes
     variant: str | None = None,
-) -> Network:
-    """`build` a network from the file that `find_weights` finds; `rename` turns older names into the network's."""
+) -> nn.Module:
+    """`build` a network from the weights in a folder; `rename` turns older names into the network's."""
     path = find_weights(folder, variant)
     return build(network_class, config, rename(read_tensors(path)), path, dtype)
 
 
 def build(
     network_class: NetworkClass, config: object, tensors: Tensors, source: Path | str, dtype=torch.float32
-) -> Network:
+) -> nn.Module:
     """`network_class(config)` with `tensors` loaded by `load_tensors`; frozen, in eval mode, on the CPU.
 
     Raises CheckpointError as `load_tensors` does, or if no network can have that config.
     """
     context = error_context(f"the configuration of {source} describes no possible network")
-    with context, torch.device("meta"), _NoInit():  # on the meta device nothing is allocated
+    with context, torch.device("meta"), _NoInit():
         network = network_class(config)
     load_tensors(network, tensors, source, dtype)
     return network.eval().requires_grad_(False)
 
 
 class _NoInit(TorchFunctionMode):
-    """Skip torch.nn.init: on the meta device it sets nothing, but imports parts of torch for 2 seconds and 70 MB."""
+    """Skip torch.nn.init: on the meta device it sets nothing, but imports parts of torch for seconds and 70 MB."""
 
     def __torch_function__(self, function, kinds, arguments=(), keywords=None):
         if getattr(function, "__module__", None) != "torch.nn.init":
             return function(*arguments, **(keywords or {}))
 
 
-def _some(names: list[str], most: int = 3) -> str:
-    """The first few names of a long list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _some(names: list[str]) -> str:
+    """The first three names of a list, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

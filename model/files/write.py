@@ -28,8 +28,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk
         if is_out_of_memory(error):
             raise
-        # torch and safetensors do not name a full disk in their errors
-        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**16
+        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**16  # torch's errors do not say so
         raise ValueError(f"{path} cannot be written ({'no space left on the disk' if full else error})") from None
     finally:
         with suppress(OSError):

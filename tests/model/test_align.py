@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from parity import relative
+from parity import relative, untrained
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AlignConfig, AlignModel
 
-from model.align import ALIGN, ALIGNConfig, ALIGNTextConfig, ALIGNVisionConfig
+from model.align import ALIGN, ALIGNConfig
 from model.files.config import config_from
 from model.files.errors import CheckpointError
 
@@ -135,25 +135,13 @@ def test_channels_last_and_autocast(tmp_path):
 
 
 def test_it_trains():
-    """One contrastive step moves every parameter that the features use, and brings the loss down."""
+    """The toy weights are trained with this class: a contrastive loss reaches every parameter that the features use."""
     torch.manual_seed(0)
-    vision = VISION | {"batch_norm_momentum": 0.1}
-    network = ALIGN(config_from(ALIGNConfig, {"text_config": TEXT, "vision_config": vision, "projection_dim": 24}))
-    assert all(parameter.requires_grad for parameter in network.parameters())
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    (ids, mask), x = words(12, 3, 7, 9), pixels(32, 32, batch=4)
-    losses = []
-    for _ in range(12):
-        images = nn.functional.normalize(network.image_features(x), dim=-1)
-        texts = nn.functional.normalize(network.text_features(ids, mask), dim=-1)
-        loss = nn.functional.cross_entropy(images @ texts.T / network.temperature, torch.arange(4))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    idle = {name for name, p in network.named_parameters() if p.grad is None}
-    assert idle == {"text_model.pooler.dense.weight", "text_model.pooler.dense.bias"}
-    assert losses[-1] < 0.8 * losses[0]
+    network = ALIGN(config_from(ALIGNConfig, {"text_config": TEXT, "vision_config": VISION, "projection_dim": 24}))
+    images, texts = network.image_features(pixels(32, 32, batch=4)), network.text_features(*words(12, 3, 7, 9))
+    cosines = torch.cosine_similarity(images[:, None], texts[None], dim=-1)
+    nn.functional.cross_entropy(cosines / network.temperature, torch.arange(4)).backward()
+    assert untrained(network) == {"text_model.pooler.dense.weight", "text_model.pooler.dense.bias"}
 
 
 def test_tensors_and_settings_are_read_from_the_folder(tmp_path):
@@ -172,9 +160,3 @@ def test_tensors_and_settings_are_read_from_the_folder(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="lacks temperature"):
         ALIGN.from_pretrained(tmp_path)
-
-
-def test_config_defaults_are_the_public_ones():
-    assert config_from(ALIGNConfig, {}) == ALIGNConfig()
-    assert config_from(ALIGNConfig, {"text_config": None, "unknown": 3}).text_config == ALIGNTextConfig()
-    assert ALIGNVisionConfig().width(112) == 224

@@ -97,7 +97,6 @@ def test_clip_equals_transformers(tmp_path, eos, quiet):
     """Both rules for where a text ends: the first end token, or (old files) the largest id."""
     theirs = reference(tmp_path, quiet, eos_token_id=eos)
     ours = CLIP.from_pretrained(tmp_path)
-    assert ours.image_size == 40
     assert ours.logit_scale.equal(theirs.logit_scale)
     ids, pixels = random_ids(), torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(2))
     text, image = theirs.get_text_features(ids).pooler_output, theirs.get_image_features(pixels).pooler_output
@@ -153,12 +152,3 @@ def test_trains_and_autocasts():
         logits = network.logit_scale.exp() * similarity
         torch.nn.functional.cross_entropy(logits, torch.arange(4)).backward()
     assert not untrained(network)
-
-
-def test_half_precision_copy(tmp_path):
-    reference(tmp_path)
-    full, half = CLIP.from_pretrained(tmp_path), CLIP.from_pretrained(tmp_path, torch.bfloat16)
-    pixels = torch.randn(2, 3, 40, 40)
-    assert half.image_features(pixels).dtype == torch.bfloat16
-    similarity = torch.cosine_similarity(half.image_features(pixels).float(), full.image_features(pixels))
-    assert similarity.min() > 0.99

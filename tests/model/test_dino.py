@@ -43,7 +43,6 @@ def test_equals_transformers(tmp_path, changes, quiet):
     ours = DINO.from_pretrained(tmp_path)
     assert not ours.training and not any(parameter.requires_grad for parameter in ours.parameters())
     size = changes.get("image_size", 40)
-    assert ours.image_size == size
     pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1)) / (25 if quiet else 1)
     expected = theirs(pixels).last_hidden_state[:, 0]
     assert expected.shape == (3, 48) and 0.3 < expected.abs().max() < 30

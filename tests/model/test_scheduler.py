@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from model.files.errors import CheckpointError
-from model.scheduler import SAMPLERS, Scheduler, SchedulerConfig, randn
+from model.scheduler import SAMPLERS, Scheduler, SchedulerConfig
 
 # The public scheduler_config.json of Stable Diffusion 1.5. `clip_sample` false is what our class assumes anyway.
 SD = {
@@ -120,16 +120,11 @@ def test_noise_and_velocity_are_diffusers_exactly():
     t = torch.tensor([0, 1, 500, 998, 999])
     x_0, eps = normal(5, 4, 8, 8), normal(5, 4, 8, 8, seed=1)
     assert torch.equal(ours.add_noise(x_0, eps, t), reference.add_noise(x_0, eps, t))
-    assert torch.equal(ours.velocity(x_0, eps, t), reference.get_velocity(x_0, eps, t))
+    v = scheduler(prediction_type="v_prediction").target(x_0, eps, t)
+    assert torch.equal(v, reference.get_velocity(x_0, eps, t))
     one = ours.add_noise(x_0, eps, 500)
     assert torch.equal(one, ours.add_noise(x_0, eps, torch.full((5,), 500)))
     assert torch.equal(one, ours.add_noise(x_0, eps, torch.tensor(500)))
-
-
-def test_published_values():
-    a = Scheduler().alphas_cumprod.double()
-    expected = torch.tensor([0.9991499782, 0.9982960224, 0.2763324678, 0.0046600951], dtype=torch.double)
-    assert torch.allclose(a[[0, 1, 500, 999]], expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -162,18 +157,6 @@ def test_an_oracle_leads_every_sampler_to_its_picture(sampler, prediction_type):
 
     got = ours.sample(oracle, normal(2, 4, 8, 8), 20, sampler, seeds(1, 2))
     assert (got - x_0).abs().max() <= (0.15 if sampler == "ddim" else 1e-4)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_picture_does_not_depend_on_its_batch(sampler):
-    ours = scheduler()
-    latents = randn((4, 8, 8), seeds(1, 2, 3), "cpu")
-    together = ours.sample(denoise, latents, 20, sampler, seeds(11, 12, 13))
-    alone = ours.sample(denoise, latents[1:2], 20, sampler, seeds(12))
-    assert (together[1:2] - alone).abs().max() <= 1e-5
-    assert torch.equal(latents[1], randn((4, 8, 8), seeds(2), "cpu")[0])
-    other = ours.sample(denoise, latents[1:2], 20, sampler, seeds(99))
-    assert torch.equal(alone, other) == (sampler != "ddpm")
 
 
 @pytest.mark.parametrize(

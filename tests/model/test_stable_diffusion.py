@@ -304,9 +304,9 @@ def test_what_is_no_base(tmp_path, base):
     refused(tmp_path / "file", "tokenizer", "vocab.json", "the base it was made from", "1.x: hf download")
     (tmp_path / "v1-5.ckpt").touch()
     refused(tmp_path / "v1-5.ckpt", "pickle", ".safetensors")
-    for part, name in (("text_encoder_2", "SDXL"), ("transformer", "SD 3")):
-        (tmp_path / name / part).mkdir(parents=True)
-        refused(tmp_path / name, name, "only Stable Diffusion 1.x and 2.x")
+    for part in ("text_encoder_2", "transformer"):
+        (tmp_path / f"with-{part}" / part).mkdir(parents=True)
+        refused(tmp_path / f"with-{part}", f"has {part}/, as SDXL, SD 3 or Flux", "only Stable Diffusion 1.x and 2.x")
     (tmp_path / "models--org--name" / "snapshots").mkdir(parents=True)
     refused(tmp_path / "models--org--name", "snapshots/HASH")
     refused(tmp_path, tmp_path, "lacks", "unet, vae, text_encoder, tokenizer, scheduler")

@@ -307,12 +307,9 @@ def test_fits(tmp_path):
     ):
         ids, length = max(tokenizer.cutter.get_vocab().values()) + 1, tokenizer.length
         tokenizer.check_fits(SimpleNamespace(vocab_size=ids, max_position_embeddings=length), "X")
-        for less in ((ids - 1, length), (ids, length - 1)):
-            config = SimpleNamespace(vocab_size=less[0], max_position_embeddings=less[1])
-            with pytest.raises(
-                CheckpointError, match=rf"^the tokenizer has {ids} ids .* X reads {less[0]} and {less[1]}:"
-            ):
-                tokenizer.check_fits(config, "X")
+        for size, most in ((ids - 1, length), (ids, length - 1)):
+            with pytest.raises(CheckpointError, match=rf"^the tokenizer has {ids} ids .* X reads {size} and {most}:"):
+                tokenizer.check_fits(SimpleNamespace(vocab_size=size, max_position_embeddings=most), "X")
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,6 @@ def test_half_precision_distinguishes_neighbouring_timesteps(tmp_path, dtype):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("addition_embed_type", "text_time", "SDXL, which is not supported"),
-        ("class_embed_type", "projection", "unCLIP"),
-        ("num_class_embeds", 1000, "upscaler"),
-        ("time_cond_proj_dim", 256, "consistency"),
         ("up_block_types", ["UpBlock2D"] * 3 + ["AttnUpBlock2D"], "no possible network: 'AttnUpBlock2D'"),
         ("down_block_types", ["DownBlock2D"], "config"),
         ("attention_head_dim", [1, 2], "config"),

@@ -1,14 +1,11 @@
 """The VAE against diffusers' AutoencoderKL: same files, same numbers."""
 
-import json
-
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from parity import disturb, relative, untrained
 from safetensors.torch import load_file, save_file
 
-from model.files.errors import CheckpointError
 from model.vae import VAE, VAEConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -90,11 +87,3 @@ def test_trains(autocast):
     (out.float() ** 2).mean().backward()
     assert not untrained(vae)
     assert torch.equal(images, before)
-
-
-def test_a_vae_of_sd_3_is_refused(tmp_path):
-    reference(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"use_quant_conv": False, "shift_factor": 0.06}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"^[^\n]*config\.json: use_quant_conv is false, as in SD 3[^\n]*$"):
-        VAE.from_pretrained(tmp_path)

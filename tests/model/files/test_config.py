@@ -1,19 +1,12 @@
 """JSON files into dataclasses: what is missing, unreadable or of a wrong type is named in one line."""
 
-import json
 import re
 from dataclasses import dataclass
 
 import pytest
 
-from model.align import ALIGN
-from model.clip import CLIP, CLIPTextEncoder
-from model.dino import DINO
 from model.files.config import config_from, read_json
 from model.files.errors import CheckpointError
-from model.scheduler import Scheduler
-from model.unet import UNet
-from model.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -87,19 +80,3 @@ def test_the_file_is_named(tmp_path):
     for values in ({"config": {"heads": 0}}, {"config": {"heads": "x"}}):  # the dataclass fails, the type is wrong
         with refused("FILE: "):
             config_from(Tower, values, "FILE")
-
-
-@pytest.mark.parametrize("network", [UNet, VAE, CLIPTextEncoder, CLIP, DINO, ALIGN, Scheduler])
-def test_every_network_names_its_configuration(network, tmp_path):
-    """A base has several, one for each of its parts."""
-    values = {"hidden_size": "x", "block_out_channels": ["x"], "projection_dim": "x", "beta_start": "x"}
-    for name in ("config.json", "scheduler_config.json"):
-        (tmp_path / name).write_text(json.dumps(values), encoding="utf-8")
-    with refused(tmp_path, "should be"):
-        network.from_pretrained(tmp_path)
-
-
-def test_sdxl_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"addition_embed_type": "text_time", "cross_attention_dim": 2048}))
-    with refused(tmp_path / "config.json", "SDXL, which is not supported"):
-        UNet.from_pretrained(tmp_path)

@@ -189,7 +189,7 @@ FULL = {  # of the public releases: tensors and weights of each folder, and what
     ),
     "SD 2.1": (
         {"unet": (686, 865_910_724), "vae": (248, 83_653_863), "text_encoder": (372, 340_387_840)},
-        {"attention_head_dim": [5, 10, 20, 20], "num_attention_heads": 16, "hidden_act": "gelu", "sample_size": 96},
+        {"attention_head_dim": (5, 10, 20, 20), "num_attention_heads": 16, "hidden_act": "gelu", "sample_size": 96},
     ),
 }
 
@@ -200,8 +200,9 @@ def test_every_key_at_full_size(name):
     is_2 = name == "SD 2.1"
     marker = f"{T}model.ln_final.bias" if is_2 else f"{T}transformer.text_model.final_layer_norm.bias"
     values = describe({marker: None}, {}, "v_prediction" if is_2 else None, "x")
-    assert hidden.items() <= (values["unet"] | values["text_encoder"]).items()
-    assert values["vae"]["scaling_factor"] == 0.18215
+    read = {name: vars(config_from(NETWORKS[name][1], values[name])) for name in NETWORKS}
+    assert hidden.items() <= (read["unet"] | read["text_encoder"]).items()
+    assert read["vae"]["scaling_factor"] == 0.18215
 
     file, shapes = {}, {}
     for part, (count, weights) in sizes.items():
@@ -260,7 +261,7 @@ def test_prediction_type():
     assert predicts(f"{sd_2} v_pred") == "v_prediction"
     ours = '{"scheduler": {"prediction_type": "v_prediction"}}'
     assert predicts(sd_2, header={"rpo.config": ours, "modelspec.predict_key": "epsilon"}) == "v_prediction"
-    assert describe({sd_2: None}, {}, "epsilon", "x")["unet"]["sample_size"] == 64
+    assert "sample_size" not in describe({sd_2: None}, {}, "epsilon", "x")["unet"]  # 64 by default
     asks = ("--prediction-type epsilon (2.1-base, 512 px)", "--prediction-type v_prediction (2.1, 768 px)")
     refused(lambda: predicts(sd_2), *asks)
     refused(lambda: predicts(sd_2, header={"modelspec.prediction_type": "sample"}), *asks)
