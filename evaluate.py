@@ -13,6 +13,9 @@ the subjects.
 
 from __future__ import annotations
 
+from support import evaluation, flags, machine, ranks  # first: Ctrl-C during the other imports is one line
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path
@@ -30,7 +33,6 @@ from model.files.photo import open_photo
 from model.stable_diffusion import PRECISIONS, StableDiffusion
 from model.tokenizer import BertTokenizer, CLIPTokenizer
 from reward import Reward, lambda_harmonic, strip_token, unit_features
-from support import evaluation, flags, machine, ranks
 from support.evaluation import Job, mean_and_sd
 from support.pictures import drawn_with, grid, picture_name, save_png
 from support.randomness import TEST, picture_seeds

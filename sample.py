@@ -12,6 +12,9 @@ gets a number.
 
 from __future__ import annotations
 
+from support import flags, machine  # first: Ctrl-C during the other imports is one line
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path
@@ -22,7 +25,6 @@ from tqdm import tqdm
 from model.files.tensors import read_metadata
 from model.stable_diffusion import PRECISIONS, StableDiffusion, check_layout
 from subject import SKILLS, fill
-from support import flags, machine
 from support.export import check_export, export_single_file
 from support.header import add_drawing_flags, drawing_options, resolve_base
 from support.pictures import check_folder, drawn_with, grid, labelled, picture_name, save_png

@@ -11,6 +11,9 @@ or validation) and best.png (the film strip); --ckpt moves all of them.
 
 from __future__ import annotations
 
+from support import flags, memory, ranks, start  # first: Ctrl-C during the other imports is one line
+
+# isort: split
 import argparse
 import sys
 from collections.abc import Callable, Iterable
@@ -25,7 +28,6 @@ from model.scheduler import SAMPLERS
 from model.unet import UNet
 from reward import MEANS, Reward
 from rpo import RPOLoss, denoising_loss, preference_label, preference_probability, rpo_loss
-from support import ranks, start
 from support.randomness import NEGATIVES, VALIDATION, picture_seeds, step_generator
 from support.settings import at_least_0, count, fraction, guidance_scale, ours, paper, positive, seed_number
 from support.start import Run
@@ -211,7 +213,7 @@ def fine_tune(args: argparse.Namespace, method: type[RPO]) -> None:
 
 def main(method: type[RPO] = RPO, description: str = __doc__) -> int:
     args = start.parse(method, description)
-    return start.guarded(args, lambda: fine_tune(args, method))
+    return flags.guarded(lambda: fine_tune(args, method), lambda: memory.remedy(args))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from support import ranks  # first: Ctrl-C during the other imports is one line
+
+# isort: split
 import importlib
 import pkgutil
 import sys
 from pathlib import Path
 
 import train
-from support import ranks
 
 
 def main() -> int:
