@@ -41,9 +41,8 @@ MODES = {  # train.py's flags, and the target in GB
 }
 HEAD = "| mode | trained weights | estimated GB | measured peak GB | target |\n|---|---|---|---|---|"
 COUNTED = {
-    "cuda": "the bytes that torch has allocated on the GPU; so are the estimates.",
-    "cpu": "the growth of the process's resident memory since before loading, at its peak. The estimates are of "
-    "allocated bytes, without what the allocator and the libraries need on a CPU.",
+    "cuda": "the bytes that torch has allocated on the GPU.",
+    "cpu": "the growth of the process's resident memory since before loading, at its peak.",
 }
 
 
