@@ -1,10 +1,10 @@
-"""Command lines: the parser, flags that several commands share, the device, one-line errors."""
+"""Command lines: the parser, flags that several commands share, the device, one-line errors, broken streams."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
-import re
 import signal
 import sys
 import time
@@ -16,18 +16,37 @@ import torch
 from model.files.errors import is_out_of_memory
 from model.tokenizer import CLIPTokenizer
 from support import ranks
-from support.streams import protect_streams
 
 EMBEDDED_BASE = Path(__file__).parent.parent / "weights" / "toy"
+
+
+class _Lossy(io.FileIO):
+    """A file that drops what it cannot write."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data) or len(data)
+        except OSError:  # a full disk, a pipe whose reader has ended, a terminal that was closed
+            return len(data)
+
+
+def _protect_streams() -> None:
+    """Make printing to stdout and stderr raise no error: neither here, nor in libraries, nor when the process ends."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by 2>&-; a file opened later would get its number, and what libraries print
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__") and os.name != "nt":  # a Windows console is no file
+            raw = io.BufferedWriter(_Lossy(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line and exit status 2."""
 
     def __init__(self, **options):
-        protect_streams()
+        _protect_streams()
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)  # or -1e-4 would be a flag
 
     def error(self, message: str):
         self.exit(fail(f"{message} (see {self.prog} --help)"))
@@ -69,11 +88,8 @@ def guarded(work: Callable[[], int | None], remedy: Callable[[], str], interrupt
 
 
 def path(name: str) -> Path:
-    """A file or folder, with `~` expanded: in `--out=~/pics` the shell leaves it.
-
-    An empty name, usually from an unset variable, would mean the current folder.
-    """
-    if not name:
+    """A file or folder, with `~` expanded: in `--out=~/pics` the shell leaves it."""
+    if not name:  # usually from an unset variable; it would mean the current folder
         raise argparse.ArgumentTypeError("is empty: give the name of a file or folder, or leave it out")
     return Path(os.path.expanduser(text(name)))  # text: the name is written into headers, PNGs and JSON files
 
@@ -90,13 +106,13 @@ def prompts(name: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError(f"{name} is empty: give a file with a prompt a line")
     for prompt in found:
-        if re.search("[{}]", re.sub(r"\{(V|noun)\}", "", prompt)):
+        if set("{}") & set(prompt.replace("{V}", "").replace("{noun}", "")):
             raise argparse.ArgumentTypeError(f"{name}: only {{V}} and {{noun}} may be in braces, not as in {prompt!r}")
     return found
 
 
 def text(value: str) -> str:
-    """Text that a tokenizer can read. A terminal with another encoding than UTF-8 may give other bytes."""
+    """Text in UTF-8, which a terminal in another encoding may not give."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -10,8 +10,7 @@ draws the same numbers, and no two places share theirs.
 | NEGATIVES | (seed, 3) | train.py's pictures by θ₀: negatives, or a baseline's class images |
 | VALIDATION | (seed, 4) | train.py's validation pictures, the same noise each time |
 
-DPG's critic has a generator of its own, from --seed alone. sample.py is simpler: --seed itself is the first picture's
-seed, --seed + 1 the second's, and so on.
+DPG's critic has a generator of its own, from --seed alone. In sample.py --seed itself is the first picture's seed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""One run on several processes: `torchrun --standalone --nproc_per_node=N train.py ...`, one process a GPU.
+"""One run on several processes: `torchrun --standalone --nproc_per_node=N train.py ...`, one process for each GPU.
 
-Every process, a rank, holds the whole model and does its part: of a step's pairs, of the pictures to draw, of the
-subjects to evaluate. All communication is here, on torch.distributed: gloo between CPUs, NCCL between GPUs. All ranks
-draw the same random numbers and each takes its part, so N processes give what one gives, to rounding. With one process
+Every process (rank) holds the whole model and does its part of a step's pairs, of the pictures to draw, of the subjects
+to evaluate. All ranks draw the same random numbers, so N processes give what one gives, to rounding. With one process
 there is no process group, and every function returns its argument at once.
 
 Gradients are averaged after backward(), one tensor at a time, not by DDP: the loop, the weights' names and LoRA stay as
-they are, and no further memory is needed. The price is that communication and backward() do not overlap.
+they are. The price is that communication and backward() do not overlap.
 """
 
 from __future__ import annotations
@@ -37,18 +36,19 @@ def rank() -> int:
 
 def distributed(main: Callable[[], int]) -> int:
     """Call `main` in each process that torchrun started, as one group; return its exit status."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:  # some images set WORLD_SIZE alone
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:  # some images set WORLD_SIZE alone
         return main()
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        unset = f"error: WORLD_SIZE and RANK are set, but not {' and '.join(missing)}"
-        print(f"{unset}: start with torchrun, or unset WORLD_SIZE", file=sys.stderr)
-        return 2
     if os.environ["RANK"] == "0":
         print(f"waiting for {os.environ['WORLD_SIZE']} processes", file=sys.stderr)
     gpus = dist.is_nccl_available() and torch.cuda.is_available()
-    # A day: at the end of evaluate.py a rank may wait long for the others. One that ends is noticed at once.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=1))
-    barrier()  # all connect before one may end, over a wrong flag
+    try:
+        # A day: at the end of evaluate.py a rank may wait long for the others. One that ends is noticed at once.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=1))
+        barrier()  # all connect before one may end, over a wrong flag
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"error: WORLD_SIZE and RANK are set: start with torchrun, or unset them ({reason})", file=sys.stderr)
+        return 2
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
@@ -92,7 +92,7 @@ def weighted_part(n: int) -> tuple[slice, float]:
 
 
 def gather(items: list) -> list:
-    """The lists of all ranks as one, in their order, on every rank."""
+    """The lists of all ranks as one, in their order, on every rank. Waits until all ranks are here."""
     if world_size() == 1:
         return items
     parts = [None] * world_size()

@@ -30,7 +30,7 @@ def files_of_run(ckpt: Path) -> list[Path]:
 
 
 def check_writable(path: Path, size: int = 0) -> None:
-    """Raise ValueError, before any work, if a file of `size` bytes cannot be written at `path`. Leaves nothing."""
+    """Raise ValueError if a file of `size` bytes cannot be written at `path`. Leaves nothing."""
     try:
         if path.is_dir():
             raise ValueError(f"{path} is a folder: give a file name")
@@ -84,22 +84,11 @@ def _is_result(ckpt: Path) -> bool:
         return False
 
 
-def check_room(ckpt: Path, parameters: int, pictures: int) -> None:
-    """Raise ValueError if the disk has no room for a run that trains so many parameters.
-
-    4 bytes each for the checkpoint and 12 for the state, with AdamW's two averages; a new state needs another 12 before
-    it replaces the old one. pictures: the bytes of the film strip's pictures, which are in both states and in the page.
-    """
-    existing = sum(path.stat().st_size for path in (ckpt, ckpt.with_suffix(STATE)) if path.exists())
-    check_writable(ckpt, max(28 * parameters - existing, 12 * parameters) + 3 * pictures)
-
-
 @contextmanager
 def lock(ckpt: Path) -> Iterator[None]:
     """Hold the lock of a result. Raises ValueError if another run on this machine holds it.
 
-    The system frees the lock when a process ends, in any way. The first to hold it removes the temporary files of a run
-    that was killed while writing.
+    The system frees the lock when a process ends, in any way.
     """
     if fcntl is None or ranks.rank() > 0:
         yield
@@ -113,20 +102,15 @@ def lock(ckpt: Path) -> Iterator[None]:
             raise ValueError(f"another run is writing {ckpt}: wait for it, or give another --ckpt") from None
         except OSError:  # some network file systems have no locks
             pass
-        else:
-            remove_temporary_files(ckpt)
+        else:  # a run that was killed has left write_atomic's temporary files, .NAME.PROCESS
+            names = {f".{file.name}" for file in files_of_run(ckpt)}
+            for left in ckpt.parent.iterdir():
+                if left.stem in names and left.suffix[1:].isdigit():
+                    left.unlink(missing_ok=True)
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-def remove_temporary_files(ckpt: Path) -> None:
-    """Remove the files that `write_atomic` has not renamed: .NAME.PROCESS."""
-    names = {f".{path.name}" for path in files_of_run(ckpt)}
-    for file in ckpt.parent.iterdir():
-        if file.stem in names and file.suffix[1:].isdigit():
-            file.unlink(missing_ok=True)
 
 
 def warn_if_unfinished(ckpt: Path | None) -> None:

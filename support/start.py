@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from support import flags, memory
 from support.header import base_name, header_of, identity_of
 from support.machine import Machine, Optimizer, precision
 from support.record import Record
-from support.results import check_result, check_room, lock
+from support.results import STATE, check_result, check_writable, lock
 from support.settings import add_settings, count, resolve
 
 
@@ -40,10 +40,7 @@ class Run(NamedTuple):
 
 
 def parse(method: type, description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line of a method, a class like train.RPO: flags of the run, and a flag for each of its settings.
-
-    argv: the flags, instead of the command's own.
-    """
+    """The command line of a method, a class like train.RPO: flags of the run, and a flag for each of its settings."""
     parser = flags.Parser(description=description)
     add = parser.add_argument
     add("--subject", type=flags.path, required=True, help="a folder with 4 to 6 photos of the subject")
@@ -67,11 +64,6 @@ def parse(method: type, description: str, argv: list[str] | None = None) -> argp
     if args.patience and args.keep_last:
         parser.error("--patience waits for a better reward, and --keep-last ignores it: leave one out")
     return args
-
-
-def guarded(args: argparse.Namespace, work: Callable[[], None]) -> int:
-    """Do the work of a run; return the exit status."""
-    return flags.guarded(work, lambda: memory.remedy(args), "interrupted before the start")
 
 
 @contextmanager
@@ -120,12 +112,22 @@ def assemble(
         offloadable=[sd.vae, sd.text_encoder, align] if offload else [],
     )
     optimizer = Optimizer(machine, settings.lr, settings.weight_decay, settings.clip_norm)
-    strip = (settings.steps // settings.validate_every + 2) * len(subject.training_prompts) * 3 * sd.image_size**2
-    check_room(args.ckpt, sum(tensor.numel() for tensor in machine.weights().values()), strip)
+    _check_room(args.ckpt, machine, (settings.steps // settings.validate_every + 2) * len(subject.training_prompts))
     photos, name = load_photos(subject, sd.image_size), method.__name__.lower()
     header, identity = header_of(name, args, settings, subject, sd), identity_of(name, args, settings, subject)
     record = Record(args.ckpt, header, identity, subject.training_prompts, photos, optimizer, settings)
     return Run(subject, photos, args.base, sd, align, bert, machine, optimizer, record, settings)
+
+
+def _check_room(ckpt: Path, machine: Machine, pictures: int) -> None:
+    """Raise ValueError if the disk has no room for a run whose film strip has so many pictures.
+
+    4 bytes a weight for the checkpoint; 12 for the state, which holds AdamW's averages too, and 12 for its successor.
+    The pictures are in both states and in the page.
+    """
+    size = 28 * sum(tensor.numel() for tensor in machine.weights().values())
+    size += 3 * pictures * 3 * machine.sd.image_size**2
+    check_writable(ckpt, size - sum(old.stat().st_size for old in (ckpt, ckpt.with_suffix(STATE)) if old.exists()))
 
 
 def _load(args: argparse.Namespace, device: torch.device, subject: Subject) -> tuple[StableDiffusion, ALIGN]:

@@ -1,7 +1,6 @@
 """train.py on a tiny random base: what it learns and writes, that it repeats itself, resumes, stops, and bad input."""
 
 import copy
-import dataclasses
 import errno
 import itertools
 import json
@@ -11,6 +10,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,11 +83,6 @@ def test_history_has_a_line_a_step_and_a_validation(done):
     assert first["preference"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_ckpt_moves_everything(run, tmp_path):
-    assert run("--ckpt", "new/deep/max.1.safetensors", "--steps", 1) == 0
-    assert files_in(tmp_path / "new" / "deep") == ["max.1.jsonl", "max.1.png", "max.1.safetensors"]
-
-
 # ---------------------------------------------------------------------------------------------- the method
 
 
@@ -134,13 +129,8 @@ def by_hand(base, dog, n, beta, weight, lambda_train):
         (similarity + weight * preference).backward()
         norm = torch.nn.utils.clip_grad_norm_(theta.parameters(), 1.0)
         adamw.step()
-        row = {
-            "similarity": similarity,
-            "preference": preference,
-            "gradient_norm": norm,
-            "p": p.mean(),
-            "label": y.mean(),
-        }
+        row = {"similarity": similarity, "preference": preference, "gradient_norm": norm}
+        row |= {"p": p.mean(), "label": y.mean()}
         yield {name: value.item() for name, value in row.items()}, theta
 
 
@@ -157,17 +147,6 @@ def test_the_loop_is_the_method_written_out(run, world, tmp_path, prediction_typ
     assert apart.mean() < 5e-7 and apart.max() < 1e-3
 
 
-def test_batch_is_a_function_of_seed_and_step(done):
-    trainer, other = done[1], copy.copy(done[1])
-    other.settings = dataclasses.replace(trainer.settings, seed=1)
-    first = trainer.batch(7)
-    torch.manual_seed(5)
-    another_step, again, another_seed = trainer.batch(8), trainer.batch(7), other.batch(7)
-    assert all(map(torch.equal, first, again))
-    for batch in (another_step, another_seed):
-        assert not any(map(torch.equal, first[:4], batch[:4]))  # latents and noise
-
-
 def test_only_the_unet_learns(done):
     _, trainer = done
     for network, before in zip(trainer.frozen, trainer.before, strict=True):
@@ -175,18 +154,6 @@ def test_only_the_unet_learns(done):
         assert not any(parameter.requires_grad for parameter in network.parameters())
     assert same(trainer.seen[0], trainer.before[0])  # the first of the frozen networks is θ₀
     assert not any(torch.equal(tensor, trainer.seen[0][name]) for name, tensor in trainer.seen[4].items())
-
-
-def test_trained_restricts_what_learns(run, world, tmp_path):
-    class KeysAndValues(RPO):
-        @staticmethod
-        def trained(unet):
-            return [p for name, p in unet.named_parameters() if re.search(r"attn2\.to_[kv]\.", name)]
-
-    assert run("--keep-last", method=KeysAndValues) == 0
-    before, after = load_file(world / "base" / "unet" / WEIGHTS), load_file(tmp_path / "best.safetensors")
-    learned = {name for name in before if not torch.equal(before[name], after[name])}
-    assert learned == {name for name in before if "attn2.to_k" in name or "attn2.to_v" in name} and len(learned) > 4
 
 
 def test_validations_share_their_noise_and_negatives_have_another(run, done, tmp_path):
@@ -350,7 +317,7 @@ def test_a_bad_rpo_json_is_named(run, base, tmp_path, capsys, text):
 # ---------------------------------------------------------------------------------------------- resumed, replaced
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("at", [1, 4])
 def test_resumed_is_as_if_uninterrupted(run, done, tmp_path, capsys, at):
     assert run(method=stopped(at)) == 130
     line, kept = capsys.readouterr().err.splitlines()[-1], at > 2
@@ -450,7 +417,7 @@ def test_a_state_of_another_device_resumes(run, done, interrupted):
     assert same_results(interrupted, done[0])
 
 
-@pytest.mark.parametrize("spoil", ["cut", "lacking", "misshapen", "no state", "no weights", "a file"])
+@pytest.mark.parametrize("spoil", ["cut", "lacking", "misshapen", "no state", "no weights"])
 def test_a_broken_state_is_refused_and_nothing_lost(run, interrupted, capsys, spoil):
     path = interrupted / STATE
     state, data = torch.load(path), path.read_bytes()
@@ -460,14 +427,11 @@ def test_a_broken_state_is_refused_and_nothing_lost(run, interrupted, capsys, sp
         torch.save({name: value for name, value in state.items() if name != "history"}, path)
     elif spoil == "misshapen":
         torch.save(state | {"unet": {name: tensor[:1] for name, tensor in state["unet"].items()}}, path)
-    elif spoil == "a file":  # such as an export of sample.py in the result's place
-        save_file({"x": torch.zeros(1)}, interrupted / "best.safetensors")
     else:
         (path if spoil == "no state" else interrupted / "best.safetensors").unlink()
     before = contents(interrupted)
     assert run("--resume") == 2
-    named = {"no weights": "best.safetensors is missing", "a file": "best.safetensors is not train.py's"}
-    assert named.get(spoil, STATE) in error_line(capsys)
+    assert ("best.safetensors is missing" if spoil == "no weights" else STATE) in error_line(capsys)
     assert contents(interrupted) == before
 
 
@@ -520,6 +484,12 @@ def test_failed_write_leaves_the_old_file_and_says_so(run, done, tmp_path, capsy
     assert (tmp_path / name).read_bytes() == before and files_in(tmp_path) == sorted([*RESULT, STATE])
 
 
+def test_a_run_that_the_disk_cannot_hold_is_refused(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    assert run("--lora-rank", 2) == 2
+    assert "GiB free" in error_line(capsys) and files_in(tmp_path) == []
+
+
 def test_only_temporary_files_of_a_killed_run_are_removed(run, tmp_path):
     others = [".best.1234", ".best.png.old", ".best.txt.1234", ".other.png.1234"]
     for name in (*others, *(f".best.{ending}.1234" for ending in ("safetensors", "jsonl", "png", "state.pt"))):
@@ -563,13 +533,6 @@ def test_which_weights_are_kept(run, tmp_path, capsys, rewards, options, scored_
     out = capsys.readouterr().out
     assert ("stopped: 2 validations" in out) == ("--patience" in options)
     assert f"kept step {kept}" in out and ("NOT BETTER" in out) == (best < rewards[0])
-
-
-def test_patience_counts_across_an_interruption(run, tmp_path):
-    options = ("--steps", 9, "--validate-every", 1, "--patience", 2)
-    assert run(*options, method=stopped(3, method=scored(0.2, 0.5, 0.4))) == 130
-    assert run(*options, "--resume", method=scored(0.3, 0.9)) == 0
-    assert [row["step"] for row in validations(history(tmp_path))] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("every", "message"), [(4, "the loss is"), (1, "prediction is not finite")])
@@ -618,7 +581,6 @@ def test_bad_option_is_one_line(run, tmp_path, capsys, option):
     assert run(*option) == 2
     line = error_line(capsys)
     assert option[0] in line or option[0].split("-")[-1] in line
-    assert len(option) < 2 or "expected one argument" not in line  # -1e-4 is a number, not a flag
     assert files_in(tmp_path) == []
 
 

@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import call, error_line, files_in, write_ckpt, write_metrics, write_photos
+from tiny import call, files_in, write_ckpt, write_metrics, write_photos
 from trainings import QUICK, history
 
 import evaluate
@@ -117,7 +117,8 @@ def test_variables_without_a_launcher_are_one_line(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert ranks.distributed(lambda: 7) == 2
-    assert "but not MASTER_ADDR: start with torchrun" in error_line(capsys)
+    waiting, line = capsys.readouterr().err.splitlines()
+    assert waiting == "waiting for 2 processes" and "start with torchrun" in line and "MASTER_ADDR" in line
 
 
 RUNS = {  # name: method, options
