@@ -113,7 +113,8 @@ class Machine:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """Without waiting for the GPU, which only a copy from pinned memory allows."""
-        tensor = tensor.pin_memory() if self.sd.device.type == "cuda" else tensor
+        if self.sd.device.type == "cuda":
+            tensor = tensor.contiguous().pin_memory()  # an expanded tensor cannot be pinned
         return tensor.to(self.sd.device, non_blocking=True)
 
     def weights(self) -> dict[str, Tensor]:
@@ -149,7 +150,7 @@ class Optimizer:
         norm = nn.utils.clip_grad_norm_(machine.parameters, self.clip_norm)
         self.scaler.step(self.adamw)  # skipped if fp16's gradients overflowed: then the scale is halved
         self.scaler.update()
-        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:  # from 2^16: 17 steps were skipped
             raise FloatingPointError("the gradient overflows fp16 in every step: try --precision fp32")
         self.adamw.zero_grad(set_to_none=True)
         return norm
