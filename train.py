@@ -41,7 +41,7 @@ class Settings:
 
     steps: int = paper(400, count, "gradient steps")
     batch: int = paper(1, count, "pairs a step")
-    lr: float = paper(5e-6, positive, "learning rate of AdamW, constant; LoRA 1e-4")
+    lr: float = paper(5e-6, positive, "learning rate of AdamW, constant; with LoRA 1e-4")
     images_per_prompt: int = paper(4, count, "negatives, and validation images, a prompt")
     validate_every: int = paper(40, count, "gradient steps between validations")
     lambda_val: float = paper(0.3, fraction, "λ of the validation's reward")
@@ -118,9 +118,10 @@ class RPO:
         self.encode(negatives, self.prompts)
 
     def encode(self, generated: list[Image.Image], prompts: list[str]) -> None:
-        """The photos (ref) under the instance prompt (c), and θ₀'s pictures (gen) under their own prompts (c_mod)."""
+        """Photos and θ₀'s pictures as posteriors (mean, std) of latents; c and each c_mod as text features."""
         encoded = self.sd.encode_images(self.photos), self.sd.encode_images(generated)
-        self.ref, self.gen = ([part.cpu() for part in each] for each in encoded)  # batches are made on the CPU
+        # On the CPU, where batches are made.
+        self.photo_latents, self.generated_latents = ([part.cpu() for part in pair] for pair in encoded)
         self.c = self.sd.encode_prompts([self.subject.instance_prompt]).cpu()
         self.c_mod = self.sd.encode_prompts(prompts).cpu()
 
@@ -131,15 +132,16 @@ class RPO:
         j = torch.randint(len(self.c_mod), (n,), generator=draws)
         p = self.p[i, j]
         label = preference_label(p, draws)
-        x_ref, x_gen = latents(self.ref, i, draws), latents(self.gen, j, draws)
+        x_ref, x_gen = latents(self.photo_latents, i, draws), latents(self.generated_latents, j, draws)
         t = torch.randint(len(self.sd.scheduler.alphas_cumprod), (n,), generator=draws)
         eps_ref, eps_gen = torch.randn(2, *x_ref.shape, generator=draws)
         return Batch(x_ref, x_gen, eps_ref, eps_gen, t, self.c.expand(n, -1, -1), self.c_mod[j], i, j, p, label)
 
     def loss(self, batch: Batch) -> RPOLoss:
         """Eq. 7 and 8."""
-        weights = self.settings.beta, self.settings.similarity_weight, self.settings.preference_weight
-        return rpo_loss(*self.losses(batch), batch.label, *weights)
+        settings = self.settings
+        weights = settings.similarity_weight, settings.preference_weight
+        return rpo_loss(*self.losses(batch), batch.label, settings.beta, *weights)
 
     def losses(self, batch: Batch) -> tuple[Tensor, ...]:
         """ℓ(θ; x_ref, c), ℓ(θ; x_ref, c_mod), ℓ(θ; x_gen, c_mod), ℓ(θ₀; x_ref, c_mod), ℓ(θ₀; x_gen, c_mod): (n,) each.

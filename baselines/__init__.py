@@ -2,7 +2,8 @@
 
 A baseline is a subclass of train.RPO in baselines/NAME.py, named there as METHOD:
 
-- `Settings`: a frozen dataclass, its flags and defaults (support/settings.py); `result`: the default of --ckpt
+- `Settings`: a frozen dataclass, its flags and defaults (support/settings.py), derived from train.RPOSettings, or from
+  train.Settings if `prepare` and `loss` are replaced; `result`: the default of --ckpt
 - `prepare()`: what θ₀ draws and what is encoded before the loop; `batch(step)`: the random draws of a step
 - `loss(batch)`: a NamedTuple of tensors with `total`, which is minimised, and `similarity`; all go to the history
 - `trained(unet)`: which parameters learn, if not all

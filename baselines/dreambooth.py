@@ -91,7 +91,7 @@ class DreamBooth(RPO):
         draws, n = step_generator(self.settings.seed, step), self.settings.batch
         i = torch.randint(len(self.photos), (n,), generator=draws)
         j = torch.randint(len(self.c_mod), (n,), generator=draws)
-        x_ref, x_class = latents(self.ref, i, draws), latents(self.gen, j, draws)
+        x_ref, x_class = latents(self.photo_latents, i, draws), latents(self.generated_latents, j, draws)
         t_ref, t_class = torch.randint(len(self.sd.scheduler.alphas_cumprod), (2, n), generator=draws)
         eps_ref, eps_class = torch.randn(2, *x_ref.shape, generator=draws)
         return PriorBatch(

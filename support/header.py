@@ -6,8 +6,8 @@
 | token, noun | the subject | sample.py: default prompts; evaluate.py: test prompts and scored texts |
 | training_prompts | the subject | people: a list in JSON |
 | live | the subject | evaluate.py: test prompts of living subjects or of things |
-| resolution, guidance | settings | sample.py, evaluate.py: how to draw |
-| lora_rank | flags | sample.py, evaluate.py with --base: a LoRA takes that base's prediction type |
+| resolution (if set), guidance | settings | sample.py, evaluate.py: how to draw |
+| lora_rank | flags | sample.py, evaluate.py: with --base, a LoRA's prediction type is that base's |
 | step, reward | the kept validation | train.py --resume; step also goes into PNGs |
 | version, noun, step | | train.py: only a file that has all three may be replaced by a run |
 | format, ss_* | | other tools; ss_* are kohya's names for a LoRA |

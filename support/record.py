@@ -32,7 +32,9 @@ from support.film_strip import Validation, film_strip, title_of
 from support.machine import Optimizer, own_averages
 from support.results import STATE
 
-PAUSE = 20e-9  # seconds a byte between two states: of SD 1.5's whole U-Net 200 s, of the embedded one's 2
+# Seconds between two states for each byte of a state, so that writing them takes a small part of a run: at least 200 s
+# for the 10 GB of SD 1.5's whole U-Net, 2 s for the embedded one.
+PAUSE = 20e-9
 
 
 class Record:
@@ -57,11 +59,12 @@ class Record:
         self.learning = optimizer.state()  # what changes from step to step; a method may add to it
         self.history: list[dict] = []
         self.strip: list[Validation] = []  # the film strip's rows
-        self.done = 0  # the step of the last validation
         self.best_step, self.best_reward = None, -math.inf  # of the validations so far, without step 0
-        self.kept = None  # step and reward of the weights in the file; after --resume it may be of a later validation
         self.stale = 0  # validations since the best one, for patience
-        self.saved = None  # the step of the state on disk
+        # Three steps that differ after an interruption between two states:
+        self.done = 0  # of the last validation
+        self.kept = None  # of the weights on disk, with their reward
+        self.saved = None  # of the state on disk
         self.last_state = time.time()  # when that state was written
         self.clock = time.time()  # when the last row was added
 
@@ -130,7 +133,7 @@ class Record:
         """Write what is needed to continue as if nothing had happened, unless the last state was written just now."""
         parts = {name: part.state_dict() for name, part in self.learning.items()}
         weights = self.optimizer.machine.weights().values()
-        size = 3 * sum(tensor.nbytes for tensor in weights)  # AdamW's averages are twice the weights
+        size = 3 * sum(tensor.nbytes for tensor in weights)  # with AdamW's two averages
         # The first at once: it replaces an older run's, and a checkpoint without a state is of a finished run.
         if self.saved is not None and time.time() - self.last_state < PAUSE * size:
             return

@@ -74,9 +74,9 @@ def resolve(settings: type[S], args: argparse.Namespace, recommended: dict, sour
     """
     values = {}
     for field in dataclasses.fields(settings):
-        key, value, origin, check = field.name, field.default, field.metadata["source"], field.metadata["check"]
-        if key == "lr" and args.lora_rank:  # the only setting whose default depends on another flag
-            key, value, origin = "lora_lr", LORA_LR, "usual for LoRA"
+        lora_lr = field.name == "lr" and args.lora_rank  # the only setting whose default depends on another flag
+        key, check = "lora_lr" if lora_lr else field.name, field.metadata["check"]
+        value, origin = (LORA_LR, "usual for LoRA") if lora_lr else (field.default, field.metadata["source"])
         if (given := getattr(args, field.name)) is not None:
             value, origin = given, "command line"
         elif key in recommended and check is not None:

@@ -43,7 +43,10 @@ def marked(done):
     trainer = copy.copy(done[1])
     trainer.settings = dataclasses.replace(trainer.settings, batch=5)
     trainer.ref = marks(trainer.ref[0]), torch.zeros_like(trainer.ref[1])
-    trainer.gen = 100 + marks(trainer.gen[0]), torch.zeros_like(trainer.gen[1])
+    trainer.generated_latents = (
+        100 + marks(trainer.generated_latents[0]),
+        torch.zeros_like(trainer.generated_latents[1]),
+    )
     trainer.c, trainer.c_mod = torch.full_like(trainer.c, -1), 100 + marks(trainer.c_mod)
     trainer.p = torch.arange(3)[:, None] / 4 + torch.arange(NEGATIVES) / 100
     return trainer
@@ -105,7 +108,7 @@ def test_negatives_are_encoded_as_they_were_drawn(done):
     """The release stores them as JPEG."""
     _, trainer = done
     assert all(map(torch.equal, trainer.ref, trainer.sd.encode_images(trainer.photos)))
-    assert all(map(torch.equal, trainer.gen, trainer.sd.encode_images(trainer.drawn[0][2])))
+    assert all(map(torch.equal, trainer.generated_latents, trainer.sd.encode_images(trainer.drawn[0][2])))
 
 
 def test_leaves_what_is_the_users_alone(run, world, tmp_path):

@@ -73,7 +73,8 @@ def read_single_file(path: Path | str, prediction_type: str | None = None) -> Pa
     tensors = read_tensors(path)
     _refuse_others(tensors, path)
     values = describe(tensors, read_metadata(path), prediction_type, path)
-    return values | {part: (values[part], from_compvis(part, values[part], tensors)) for part in PREFIXES}
+    parts = {part: (values[part], from_compvis(part, values[part], tensors)) for part in PREFIXES}
+    return parts | {"scheduler": values["scheduler"]}
 
 
 def write_single_file(path: Path | str, parts: Parts, metadata: Mapping[str, str] | None = None) -> None:

@@ -59,7 +59,7 @@ def test_a_run_learns_the_photos_and_the_class(run, world, tmp_path):
 
     sd, (batch, again, other) = trainer.sd, (trainer.batch(step) for step in (1, 1, 2))
     assert all(map(torch.equal, batch[:9], again[:9])) and not any(map(torch.equal, batch[:4], other[:4]))
-    assert all(map(torch.equal, trainer.gen, sd.encode_images(images)))
+    assert all(map(torch.equal, trainer.generated_latents, sd.encode_images(images)))
     assert torch.equal(batch.c, sd.encode_prompts(["a photo of [V] dog"]).expand(4, -1, -1))
     assert torch.equal(batch.c_class, sd.encode_prompts(["a photo of a dog"]).expand(4, -1, -1))
     assert not torch.equal(batch.eps_ref, batch.eps_class) and not torch.equal(batch.t_ref, batch.t_class)
