@@ -44,8 +44,9 @@ def test_an_output_without_a_lambda_gets_a_question_mark():
 
 @pytest.mark.parametrize("command", ["train.py", "sample.py", "evaluate.py", "-m baselines"])
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path, command):
-    """A module in torch's place says when the imports are there, and waits."""
-    (tmp_path / "torch.py").write_text("print(flush=True)\nimport time\ntime.sleep(60)\n", encoding="utf-8")
+    """A module in torch's place says when the imports are there, and waits. A background job would ignore SIGINT."""
+    torch = "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nprint(flush=True)\n"
+    (tmp_path / "torch.py").write_text(torch + "time.sleep(60)\n", encoding="utf-8")
     environment, pipe = os.environ | {"PYTHONPATH": str(tmp_path)}, subprocess.PIPE
     line, folder = [sys.executable, *command.split()], Path(train.__file__).parent
     with subprocess.Popen(line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
