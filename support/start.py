@@ -61,6 +61,8 @@ def parse(method: type, description: str, argv: list[str] | None = None) -> argp
     args = parser.parse_args(argv)
     if args.ckpt.suffix != ".safetensors":
         parser.error(f"--ckpt {args.ckpt} should end in .safetensors")
+    if (name := base_name(args.base)) != name.encode(errors="replace").decode():  # a checkpoint's header has to hold it
+        parser.error(f"--base: {name!r} is not UTF-8: rename its folder")
     if args.patience and args.keep_last:
         parser.error("--patience waits for a better reward, and --keep-last ignores it: leave one out")
     return args
@@ -101,6 +103,7 @@ def assemble(
 ) -> Run:
     """A run, from loaded networks. offload: VAE, text encoder and ALIGN leave the device between validations."""
     settings = args.settings
+    idle = [sd.vae, align] if settings.also_trained else [sd.vae, sd.text_encoder, align]
     machine = Machine(
         sd,
         method.trained,
@@ -109,7 +112,7 @@ def assemble(
         lora_rank=args.lora_rank,
         checkpoint_gradients=args.checkpoint_gradients,
         seed=settings.seed,
-        offloadable=[sd.vae, sd.text_encoder, align] if offload else [],
+        offloadable=idle if offload else [],
     )
     optimizer = Optimizer(machine, settings.lr, settings.weight_decay, settings.clip_norm)
     _check_room(args.ckpt, machine, (settings.steps // settings.validate_every + 2) * len(subject.training_prompts))
@@ -123,11 +126,11 @@ def _check_room(ckpt: Path, machine: Machine, pictures: int) -> None:
     """Raise ValueError if the disk has no room for a run whose film strip has so many pictures.
 
     4 bytes a weight for the checkpoint; 12 for the state, which holds AdamW's averages too, and 12 for its successor.
-    The pictures are in both states and in the page.
+    An older run's files are replaced only by whole new ones. The pictures are in both states and in the page.
     """
-    size = 28 * sum(tensor.numel() for tensor in machine.weights().values())
-    size += 3 * pictures * 3 * machine.sd.image_size**2
-    check_writable(ckpt, size - sum(old.stat().st_size for old in (ckpt, ckpt.with_suffix(STATE)) if old.exists()))
+    weights = sum(tensor.numel() for tensor in machine.weights().values())
+    old = sum(path.stat().st_size for path in (ckpt, ckpt.with_suffix(STATE)) if path.exists())
+    check_writable(ckpt, max(28 * weights - old, 12 * weights) + 3 * pictures * 3 * machine.sd.image_size**2)
 
 
 def _load(args: argparse.Namespace, device: torch.device, subject: Subject) -> tuple[StableDiffusion, ALIGN]:

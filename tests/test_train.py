@@ -488,6 +488,10 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(run, tmp_path, capsys, monke
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
     assert run("--lora-rank", 2) == 2
     assert "GiB free" in error_line(capsys) and files_in(tmp_path) == []
+    (tmp_path / STATE).touch()
+    os.truncate(tmp_path / STATE, 10**9)  # it is freed only when the new state is whole
+    assert run("--lora-rank", 2) == 2
+    assert "GiB free" in error_line(capsys) and files_in(tmp_path) == [STATE]
 
 
 def test_only_temporary_files_of_a_killed_run_are_removed(run, tmp_path):
@@ -611,6 +615,14 @@ def test_a_place_where_no_result_can_be_is_one_line(run, world, tmp_path, capsys
     assert run("--ckpt", world / "dog" / "best.safetensors" if ckpt == "photos" else ckpt) == 2
     assert ckpt.split(".")[0] in error_line(capsys)
     assert files_in(tmp_path) == before and files_in(world / "dog") == photos
+
+
+def test_a_base_in_a_folder_that_is_not_utf_8_is_one_line(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert run("--base", "base") == 2
+    assert "is not UTF-8: rename" in error_line(capsys) and files_in(folder) == []
 
 
 def test_a_token_that_leaves_no_room_for_the_prompt_is_reported(run, capsys):
