@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from support.pictures import GAP, INK, PAGE, PAPER, paste
+from support.pictures import COLUMNS, GAP, INK, PAGE, PAPER, paste
 
-KEPT, CURVE, RULE = (24, 140, 60), (0, 96, 170), (225, 225, 225)  # green, blue, light grey
+KEPT, CURVE = (24, 140, 60), (0, 96, 170)  # green, blue
 ROWS = 60  # the most validations that are shown as rows
 LEFT, LINE, CURVES = 104, 18, 220  # pixels: the column of step and reward, a line of text, the height of the curves
 LINES = 5  # of a prompt over its column
-FINE = 4  # curves are drawn so many times larger, then reduced: smooth lines
 
 
 class Validation(NamedTuple):
@@ -36,9 +34,10 @@ def film_strip(
     """A run at a glance: the photos, a row for each validation, and from the second one on a curve for each score.
 
     The step `kept` is marked. Pictures are at most 192 pixels wide, less if the page would exceed PAGE. Of more than
-    ROWS validations every second, or third, ..., the kept one and the last are rows; the curves have all.
+    ROWS validations every second, or third, ..., the kept one and the last are rows; the curves have all. Of more than
+    COLUMNS prompts the first are shown. The font is ASCII only: other characters of a prompt are boxes.
     """
-    every = -(-len(validations) // ROWS)
+    prompts, every = prompts[:COLUMNS], -(-len(validations) // ROWS)
     last = len(validations) - 1
     rows = [row for i, row in enumerate(validations) if i % every == 0 or row.step == kept or i == last]
     columns = max(len(prompts), min(len(photos), 8))
@@ -73,79 +72,47 @@ def _draw_row(page: Image.Image, row: Validation, side: int, top: int, kept: boo
         pen.rectangle((1, top - 3, page.width - 1, top + side + LINE), outline=KEPT, width=3)
     text = f"{f'step {row.step}' if row.step else 'the base'}\nreward\n{row.scores['reward']:.4f}"
     pen.multiline_text((8, top + side // 2), text + "\nKEPT" * kept, ink, font, anchor="lm")
-    paste(page, row.pictures, side, len(row.pictures), LEFT, top)
-    for i, reward in enumerate(row.rewards):
+    paste(page, row.pictures[:COLUMNS], side, COLUMNS, LEFT, top)
+    for i, reward in enumerate(row.rewards[:COLUMNS]):
         pen.text((LEFT + i * (side + GAP) + side // 2, top + side + 1), f"{reward:.3f}", ink, font, anchor="ma")
 
 
 def _draw_curves(page: Image.Image, validations: Sequence[Validation], kept: int | None, top: int) -> None:
     """A panel for each score, side by side."""
-    steps, scores = [row.step for row in validations], list(validations[0].scores)
+    pen, steps, scores = ImageDraw.Draw(page), [row.step for row in validations], list(validations[0].scores)
     width = (page.width - LEFT) // len(scores)
     for i, score in enumerate(scores):
         left = LEFT + i * width
         box = left + 46, top + 46, left + width - 16, top + CURVES - 44
-        _draw_curve(page, box, title_of(score), steps, [row.scores[score] for row in validations], kept)
+        _draw_curve(pen, box, title_of(score), steps, [row.scores[score] for row in validations], kept)
 
 
 def _draw_curve(
-    page: Image.Image,
+    pen: ImageDraw.ImageDraw,
     box: tuple[int, int, int, int],
     title: str,
     steps: Sequence[int],
     values: Sequence[float],
     kept: int | None,
 ) -> None:
-    """A score over the steps. box: the plot's left, top, right and bottom; title, ticks and labels stand around it."""
-    left, top, right, bottom = box
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
-    ticks = _ticks(min(values), max(values), most=4, least=0.001)
-    low, high = ticks[0], ticks[-1]
+    """A score over the steps. box: the plot's left, top, right and bottom; title and ticks stand around it.
 
-    def place(step: float, value: float) -> tuple[float, float]:
-        x, y = (step - steps[0]) / (steps[-1] - steps[0]), (value - low) / (high - low)
-        return left + x * (right - left), bottom - y * (bottom - top)
-
-    digits = math.ceil(-math.log10(ticks[1] - ticks[0]) - 1e-6)
-    for value in ticks:
-        _, y = place(0, value)
-        pen.line((left, y, right, y), INK if value == low else RULE)
-        pen.text((left - 8, y), f"{value:.{digits}f}", INK, font, anchor="rm")
-    for step in _ticks(steps[0], steps[-1], most=(right - left) // 48, least=1):
-        x, _ = place(step, low)
-        if x <= right:
-            pen.line((x, bottom, x, bottom + 4), INK)
-            pen.text((x, bottom + 7), f"{step:.0f}", INK, font, anchor="ma")
-    pen.text(((left + right) // 2, bottom + 24), "step", INK, font, anchor="ma")
+    The ticks are the first and the last step, the lowest and the highest value.
+    """
+    (left, top, right, bottom), font = box, ImageFont.load_default(12)
+    low, high = min(values), max(values)
+    x = [left + (step - steps[0]) / (steps[-1] - steps[0]) * (right - left) for step in steps]
+    y = [bottom - (value - low) / ((high - low) or 1) * (bottom - top) for value in values]
     pen.text((left, top - 36), title, INK, ImageFont.load_default(14))
-    points = [place(*point) for point in zip(steps, values, strict=True)]
-    _draw_line(page, points, CURVE, radius=3 if len(points) * 10 < right - left else 1)
+    pen.line((left, top, left, bottom, right, bottom), INK)
+    pen.text((left - 8, bottom), f"{low:.3f}", INK, font, anchor="rm")
+    if high > low:
+        pen.text((left - 8, top), f"{high:.3f}", INK, font, anchor="rm")
+    pen.text((left, bottom + 7), f"step {steps[0]}", INK, font, anchor="ma")
+    pen.text((right, bottom + 7), f"{steps[-1]}", INK, font, anchor="ma")
+    pen.line([*zip(x, y, strict=True)], CURVE, width=2, joint="curve")
     if kept is not None:
         i = steps.index(kept)
-        x, _ = points[i]
-        pen.line((x, top - 4, x, bottom), KEPT)
-        pen.text((min(max(x, left + 40), right - 40), top - 6), f"kept: {values[i]:.4f}", KEPT, font, anchor="ms")
-        _draw_line(page, [points[i]], KEPT, radius=5)
-
-
-def _ticks(low: float, high: float, most: int, least: float) -> list[float]:
-    """Numbers 1, 2 or 5 x 10^n apart, `least` or more; the first is not above `low`, the last not below `high`."""
-    wanted = max((high - low) / most, least)
-    power = 10 ** math.floor(math.log10(wanted))
-    apart = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= wanted * (1 - 1e-9))
-    first = math.floor(low / apart)
-    last = max(first + 1, math.ceil(high / apart))
-    return [n * apart for n in range(first, last + 1)]
-
-
-def _draw_line(page: Image.Image, points: Sequence[tuple[float, float]], colour: tuple, radius: int) -> None:
-    """Join points by a smooth line, with a dot at each: drawn FINE times larger, then reduced."""
-    left, top = (math.floor(min(each)) - 8 for each in zip(*points, strict=True))
-    width, height = (math.ceil(max(each)) - math.floor(min(each)) + 16 for each in zip(*points, strict=True))
-    mask = Image.new("L", (width * FINE, height * FINE))
-    pen = ImageDraw.Draw(mask)
-    fine = [((x - left) * FINE, (y - top) * FINE) for x, y in points]
-    pen.line(fine, 255, width=2 * FINE, joint="curve")
-    for point in fine:
-        pen.circle(point, radius * FINE, 255)
-    page.paste(colour, (left, top), mask.reduce(FINE))
+        pen.line((x[i], top - 4, x[i], bottom), KEPT)
+        pen.circle((x[i], y[i]), 4, KEPT)
+        pen.text((min(max(x[i], left + 40), right - 40), top - 6), f"kept: {values[i]:.4f}", KEPT, font, anchor="ms")

@@ -23,6 +23,7 @@ from support.results import check_writable
 
 GAP, INK, PAPER = 4, (40, 40, 40), (255, 255, 255)
 PAGE = 8000  # the longest side of a page in pixels: many programs cannot open a larger one
+COLUMNS = 40  # the most on a page with labels
 # As A1111 and ComfyUI call the same samplers. They have another DDPM, so ours gets a name that they do not know.
 SAMPLER_NAMES = {"dpm++": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM (rpo)"}
 
@@ -82,20 +83,25 @@ def picture_name(prompt: str, seed: int) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if pictures cannot be written there, or if it has pictures and none is ours.
+    """Raise ValueError if pictures cannot be written there, or if it is a folder of the user's photos.
 
-    They may be photos, and the next training would take ours for photos too. A run's film strip is nobody's photo.
+    The next training would take our pictures for photos. A folder that has a grid of ours holds our pictures. A run's
+    film strip is nobody's photo.
     """
     check_writable(folder / "grid.png")
     files = visible_files(folder) if folder.is_dir() else []
     pictures = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
     pictures = [path for path in pictures if not path.with_suffix(".jsonl").is_file()]
-    if pictures and not any(map(_is_ours, pictures)):
-        raise ValueError(f"{pictures[0]} is a picture of yours, and {folder} no place for ours: give another --out")
+    others = [path for path in pictures if not _is_ours(path)]
+    if others and not any(map(_is_ours, folder.glob("grid*.png"))):
+        raise ValueError(f"{others[0]} is a picture of yours, and {folder} no place for ours: give another --out")
 
 
 def _is_ours(path: Path) -> bool:
-    return b"parameters\0" in path.read_bytes()[:1024]  # Pillow would refuse large pages
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"parameters\0" in file.read(1024)  # Pillow would refuse large pages
 
 
 def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed: int) -> Path:
@@ -120,8 +126,12 @@ def save_png(picture: Image.Image, path: Path, prompt: str, settings: str, seed:
 def labelled(pictures: Sequence[Image.Image], prompts: Sequence[str], n: int) -> Image.Image:
     """Square pictures of one size on a page, each with its prompt under it; n pictures a prompt, in order.
 
-    With one picture a prompt up to 4 prompts are in a row, else each prompt has its own row.
+    With one picture a prompt up to 4 prompts are in a row, else each prompt has its own row. The page is reduced if a
+    side would exceed PAGE. More than COLUMNS pictures a prompt become a grid without labels. The font is ASCII only:
+    other characters of a prompt are boxes.
     """
+    if n > COLUMNS:
+        return grid(pictures, n)
     columns = n if n > 1 else min(4, len(prompts))
     side = min(pictures[0].width, (PAGE - GAP) // columns - GAP)
     font = ImageFont.load_default(max(12, side // 24))
@@ -134,4 +144,5 @@ def labelled(pictures: Sequence[Image.Image], prompts: Sequence[str], n: int) ->
         left, top = GAP + i % columns * (side + GAP), GAP + i // columns * cell
         paste(page, [picture], side, 1, left, top)
         pen.multiline_text((left, top + side + GAP), label, INK, font, spacing=1)
+    page.thumbnail((PAGE, PAGE))
     return page

@@ -96,7 +96,9 @@ def test_a_long_strip_is_wrapped(photos, validations):
     assert shown <= colours(page)
 
 
-def test_one_long_prompt_of_ones_own():
+def test_prompts_of_ones_own():
+    many = film_strip(PROMPTS * 100, PHOTOS, [validation(0, rewards=[0.7] * 800, side=16)], None)
+    assert max(many.size) <= PAGE and {(0, i, 200) for i in range(40)} == {c for c in colours(many) if c[2] == 200}
     row = validation(0, rewards=[0.7])
     page = film_strip(["a [V] dog " * 50], PHOTOS[:1], [row, row._replace(step=1)], 1)
     assert page.width >= 600 and {(250, 0, 0), (0, 0, 200)} <= colours(page)

@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from support.pictures import GAP, PAGE, PAPER, check_folder, grid, picture_name, save_png
+from support.pictures import GAP, PAGE, PAPER, check_folder, grid, labelled, picture_name, save_png
 
 
 def plain(*colour, side=16):
@@ -57,12 +57,16 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 def test_a_folder_with_a_page_of_ours_is_ours_however_large(tmp_path, monkeypatch):
     save_png(grid([plain(255, 0, 0)] * 4, 2), tmp_path / "grid-2.png", "a dog", "Steps: 1", 0)
     (tmp_path / "grid-3.png").mkdir()
+    (tmp_path / "grid.png").symlink_to("nowhere")
     (tmp_path / "photo.jpg").write_bytes(b"a picture of the user's")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
     check_folder(tmp_path)
-    (tmp_path / "grid-2.png").unlink()
+    (tmp_path / "grid.png").unlink()
+    (tmp_path / "grid-2.png").rename(tmp_path / "a-dog-0.png")  # one picture of ours among the user's
     with pytest.raises(ValueError, match=r"photo.jpg .*--out"):
         check_folder(tmp_path)
+    (tmp_path / "photo.jpg").unlink()
+    check_folder(tmp_path)
 
 
 def test_grid():
@@ -85,3 +89,9 @@ def test_a_large_grid_is_wrapped(count, columns, side, wide, shown):
     for i, colour in enumerate(colours):
         row, column = divmod(i, wide)
         assert page.getpixel((GAP + column * cell + shown // 2, GAP + row * cell + shown // 2)) == colour
+
+
+@pytest.mark.parametrize(("prompts", "n", "side"), [(10, 2, 768), (10, 1600, 4)])
+def test_a_large_labelled_page_is_reduced(prompts, n, side):
+    pictures = [plain(90, 90, 99, side=side)] * (prompts * n)
+    assert max(labelled(pictures, ["a dog on a cobblestone street"] * prompts, n).size) <= PAGE
