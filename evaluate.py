@@ -30,7 +30,7 @@ from model.align import ALIGN
 from model.clip import CLIP
 from model.dino import DINO
 from model.files.photo import open_photo
-from model.stable_diffusion import PRECISIONS, StableDiffusion
+from model.stable_diffusion import PRECISIONS, StableDiffusion, check_finite
 from model.tokenizer import BertTokenizer, CLIPTokenizer
 from reward import Reward, lambda_harmonic, strip_token, unit_features
 from support.evaluation import Job, mean_and_sd
@@ -40,7 +40,7 @@ from support.results import check_writable, write_json
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "align_i": "ALIGN-I", "align_t": "ALIGN-T"}
 TITLES |= {"lambda_harmonic": "λ-Harmonic", "aesthetic": "Aesthetic"}  # the last only with --aesthetic
-MEANING = "mean ± SD of the prompts' means: those of the subject; in the last row, those of all subjects together."
+MEANING = "mean ± SD over the means of the prompts (last row: over those of all subjects)."
 
 
 class Metrics:
@@ -100,7 +100,8 @@ class Metrics:
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Tensor]:
         """n RGB pictures, and each one's prompt -> {"dino", "clip_i", "clip_t", "align_i", "align_t"}, each (n,) fp32.
 
-        And "aesthetic", if its networks are there. Raises ValueError if there are not as many prompts as pictures.
+        And "aesthetic", if its networks are there. Raises ValueError if there are not as many prompts as pictures,
+        FloatingPointError if a network's output is not finite.
         """
         align_i, align_t = self.reward.alignments(images, prompts)
         texts = [strip_token(prompt, self.reward.token) for prompt in prompts]
@@ -113,7 +114,7 @@ class Metrics:
         if self.aesthetic:
             large, predictor = self.aesthetic
             features = unit_features(large.image_features, large.preprocess, images, self.device)
-            scores["aesthetic"] = predictor(features)
+            scores["aesthetic"] = check_finite(predictor(features), "the aesthetic predictor's output")
         return scores
 
     def _dino(self, images: list[Image.Image]) -> Tensor:
@@ -184,16 +185,17 @@ def titles(args: argparse.Namespace) -> dict[str, str]:
 def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
     job = evaluation.plan(args, args.subject, args.out)
     subject, settings = job.subject, job.settings
-    kind = "--prompts" if args.prompts else "living subjects" if subject.live else "things"
-    print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, prompts of {kind}")
+    kind = "given with --prompts" if args.prompts else "of living subjects" if subject.live else "of things"
+    print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, prompts {kind}")
     drawn = f"{settings['steps']} steps of {settings['sampler']}, guidance {settings['guidance']:g}"
     print(f"{job.ckpt or 'no checkpoint'}, base {settings['base']}, {drawn}")
     result = evaluator(job)
+    networks = result["networks"] | {"lambda": f"ALIGN-I and ALIGN-T, λ = {settings['lambda']:g}"}
     print(f"\n{'':12}{'mean':>8}{'SD':>8}  measured with")
     for name, title in titles(args).items():
-        network = result["networks"].get(name.split("_")[0], f"ALIGN-I and ALIGN-T, λ = {settings['lambda']:g}")
-        print(f"{title:12}{result['means'][name]['mean']:8.4f}{result['means'][name]['sd']:8.4f}  {network}")
-    print(f"The SD is over the means of {len(subject.test_prompts)} prompts, of {args.n} images each.")
+        network, (mean, sd) = networks.get(name.split("_")[0], ""), result["means"][name].values()
+        print(f"{title:12}{mean:8.4f}{sd:8.4f}  {network}")
+    print(f"The SD is over the means of the prompts: {len(subject.test_prompts)}, images a prompt: {args.n}.")
     print(f"The text of CLIP-T and ALIGN-T is {result['scored_text']}.")
     print(f"every image's numbers are in {job.result}, the pictures in {job.out}")
     return 0

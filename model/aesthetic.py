@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.clip import CLIP
@@ -42,5 +41,5 @@ class AestheticPredictor(nn.Module):
         return predictor.to(clip.logit_scale.device)
 
     def forward(self, features: Tensor) -> Tensor:
-        """CLIP's image features (n, width), of any length -> scores (n,), fp32."""
-        return self.layers(F.normalize(features.float(), dim=1))[:, 0]
+        """CLIP's image features (n, width), of unit length, fp32 -> scores (n,)."""
+        return self.layers(features)[:, 0]

@@ -39,14 +39,14 @@ class Job:
     out: Path  # the folder of the pictures
     result: Path  # the JSON file
 
-    def done(self, metrics: Iterable[str]) -> dict | None:
-        """The content of the JSON file, if it is complete, has these metrics and these settings, and its pictures."""
+    def done(self, metrics: Iterable[str]) -> dict[str, list[float]] | None:
+        """The `values` of the JSON file, if it is complete, has these metrics and these settings, and its pictures."""
         with suppress(CheckpointError, KeyError, TypeError, AttributeError):
             result = read_json(self.result)
             complete = len(result["images"]) == len(self.subject.test_prompts) * self.settings["n"]
             drawn = all((self.out / row["file"]).is_file() for row in result["images"])
             equal = result["settings"] == self.settings and result["means"].keys() == set(metrics)
-            return result if complete and drawn and equal else None
+            return self.values(result, metrics) if complete and drawn and equal else None
         return None
 
     def write(self, about: dict[str, list], scores: dict[str, list[float]]) -> dict:
@@ -64,6 +64,10 @@ class Job:
         }
         write_json(self.result, result)
         return result
+
+    def values(self, result: dict, metrics: Iterable[str]) -> dict[str, list[float]]:
+        """The means of the prompts for each metric, from the content of the JSON file."""
+        return {name: self.of_prompts([row[name] for row in result["images"]]) for name in metrics}
 
     def of_prompts(self, values: list[float]) -> list[float]:
         """The mean of each prompt's pictures; values: one for each picture, prompt by prompt."""
@@ -94,7 +98,8 @@ def parse(description: str) -> argparse.Namespace:
         add(f"--{name}", type=flags.path, metavar="FOLDER", help="the folder of this network (default: the base's)")
     add("--aesthetic", type=flags.path, metavar="FILE", help="LAION's aesthetic predictor: one more metric")
     add("--aesthetic-clip", type=flags.path, metavar="FOLDER", help="its CLIP, openai/clip-vit-large-patch14")
-    add("--lambda", type=fraction, default=0.3, help="λ of the λ-Harmonic reward (default: %(default)s, the paper's)")
+    lam = {"dest": "lam", "metavar": "LAMBDA", "type": fraction, "default": 0.3}
+    add("--lambda", **lam, help="λ of the λ-Harmonic reward (default: %(default)s, the paper's)")
     add("--n", type=count, default=4, help="images a prompt (default: %(default)s, as published)")
     add("--seed", type=seed_number, default=0, help="fixes every image (default: %(default)s)")
     add_drawing_flags(parser)
@@ -139,16 +144,11 @@ def plan(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
         folders |= {"aesthetic": args.aesthetic, "aesthetic_clip": args.aesthetic_clip}
     for name, network in folders.items():
         if not network.exists():
-            what, flag = name.split("_")[-1].upper(), name.replace("_", "-")
-            raise CheckpointError(f"{network} is missing, which should hold {what}: name it with --{flag}")
+            raise CheckpointError(f"{network} is missing: name its place with --{name.replace('_', '-')}")
     subject = _subject(args, folder, ckpt, header)
-    settings = {"noun": subject.noun, "live": subject.live, "token": subject.token, "n": args.n, "seed": args.seed}
-    settings["prompts"] = subject.test_prompts
-    settings |= drawing_options(args, ckpt, header, base[0])
-    settings["size"] = checked(count, header, "resolution", ckpt) if "resolution" in header else None  # the base's own
-    settings["lambda"] = vars(args)["lambda"]
-    settings |= {"ckpt": ckpt.name if ckpt else None, "base": base_name(base[0]), "variant": base[1]}
-    settings |= {"prediction_type": base[2], "precision": args.precision}
+    size = checked(count, header, "resolution", ckpt) if "resolution" in header else None  # the base's own
+    drawing = drawing_options(args, ckpt, header, base[0]) | {"n": args.n, "seed": args.seed, "size": size}
+    drawing |= {"prompts": subject.test_prompts, "precision": args.precision}
     out, result = out or path.with_suffix(".eval"), path.with_suffix(".eval.json")
     if out.resolve() == folder.resolve():
         raise ValueError(f"--out {out} is the folder of the photos: give another one")
@@ -156,8 +156,10 @@ def plan(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
     check_writable(result)
     files = {"ckpt": [ckpt] if ckpt else [], "base": files_of_base(base[0]), "photos": subject.photos}
     files |= {name: [network] for name, network in folders.items()}
-    settings["files"] = {name: digest(paths) for name, paths in files.items()}
-    return Job(subject, ckpt, header, base, folders, settings, out, result)
+    identity = {"noun": subject.noun, "live": subject.live, "token": subject.token, "lambda": args.lam}
+    identity |= {"ckpt": ckpt and ckpt.name, "base": base_name(base[0]), "variant": base[1], "prediction_type": base[2]}
+    identity["files"] = {name: digest(paths) for name, paths in files.items()}
+    return Job(subject, ckpt, header, base, folders, drawing | identity, out, result)
 
 
 def _subject(args: argparse.Namespace, folder: Path, ckpt: Path | None, header: dict[str, str]) -> Subject:
@@ -186,8 +188,7 @@ def walk(args: argparse.Namespace, evaluate: Callable[[Job], dict], metrics: Ite
     for name, job in jobs.items():
         with _reported(name, failed):
             before = job.done(metrics)
-            images = (before or evaluate(job))["images"]
-            values[name] = {key: job.of_prompts([row[key] for row in images]) for key in metrics}
+            values[name] = before or job.values(evaluate(job), metrics)
             print(f"{name}: {'done before' if before else 'done'}, {job.result}", flush=True)
     return _gathered(values, names), _gathered(failed, names)
 

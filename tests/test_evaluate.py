@@ -263,7 +263,7 @@ def test_prompts_of_ones_own(measure, run, base, dog, tmp_path, capsys):
     own.write_text("a {V} {noun} asleep\n\na [V] dog awake\n", encoding="utf-8")
     result, out = measure("--base", base, "--subject", dog, "--prompts", own, "--n", 2)
     prompts = ["a [V] dog asleep", "a [V] dog awake"]
-    assert result["settings"]["prompts"] == prompts and "over the means of 2 prompts" in out
+    assert result["settings"]["prompts"] == prompts and "means of the prompts: 2, images a prompt: 2." in out
     assert [row["prompt"] for row in result["images"]] == [prompt for prompt in prompts for _ in range(2)]
     own.write_text("a {V} {noun} asleep", encoding="utf-8")
     result, _ = measure("--base", base, "--subject", dog, "--prompts", own)
@@ -276,22 +276,26 @@ def test_prompts_of_ones_own(measure, run, base, dog, tmp_path, capsys):
 def test_aesthetic_score(measure, run, base, dog, tmp_path, capsys):
     path, clip, command = tmp_path / "laion.pth", base / "metrics" / "clip", ("--base", base, "--subject", dog)
     torch.manual_seed(0)
-    predictor, network = AestheticPredictor(16).eval(), CLIP.from_pretrained(clip)
+    predictor, network = AestheticPredictor(16).eval().requires_grad_(False), CLIP.from_pretrained(clip)
     torch.save(predictor.state_dict(), path)
     result, out = measure(*command, "--aesthetic", path, "--aesthetic-clip", clip)
     images = [Image.open(Path(result["pictures"]) / row["file"]) for row in result["images"]]
     with torch.no_grad():
-        expected = predictor(network.image_features(network.preprocess(images)))
+        features = network.image_features(network.preprocess(images))
+        expected = predictor(torch.nn.functional.normalize(features))
     assert expected.std() > 1e-4
     assert [row["aesthetic"] for row in result["images"]] == pytest.approx(expected.tolist(), abs=1e-5)
     assert f"{result['means']['aesthetic']['mean']:.4f}" in re.search("^Aesthetic .*laion.pth$", out, re.MULTILINE)[0]
     assert "Aesthetic" not in measure(*command)[1]
+    predictor.layers[0].bias[0] = torch.nan
+    torch.save(predictor.state_dict(), path)
     for options, words in (
         (("--aesthetic-clip", clip), "both"),
-        (("--aesthetic", "no", "--aesthetic-clip", clip), "no "),
+        (("--aesthetic", "no", "--aesthetic-clip", clip), "no is missing: name its place with --aesthetic"),
+        (("--aesthetic", path, "--aesthetic-clip", clip), "aesthetic predictor's output is not finite"),
     ):
         assert run(*command, *options) == 2
-        assert words in error_line(capsys)
+        assert words in capsys.readouterr().err.splitlines()[-1]  # the last pictures were drawn
 
 
 # ---------------------------------------------------------------------------------------------- DreamBench
@@ -369,7 +373,8 @@ def test_dreambench_continues(run, bench, base, tmp_path, capsys, monkeypatch):
     write_ckpt(base, runs / "cat2" / "best.safetensors", 2, noun="cat")
     picture(9).save(tmp_path / "dataset" / "wolf_plushie" / "0.png")
     assert done() == [names, []]
-    for change in ({"settings": values["settings"] | {"seed": 1}}, {"means": []}):
+    row = {"file": values["images"][0]["file"]}  # without its numbers
+    for change in ({"settings": values["settings"] | {"seed": 1}}, {"means": []}, {"images": [row] * 25}):
         result.write_text(json.dumps(values | change), encoding="utf-8")
         assert done() == [["dog"], ["cat2", "wolf_plushie"]] and read(result) == values
     (runs / "dog" / "best.eval" / values["images"][0]["file"]).unlink()

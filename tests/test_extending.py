@@ -39,7 +39,7 @@ def test_the_metric_runs(tmp_path, monkeypatch, capsys):
     write_metrics(base / "metrics", base / "tokenizer")
     monkeypatch.chdir(tmp_path)
     assert call(evaluate, monkeypatch, "--subject", subject, "--base", base, "--n", 1, "--steps", 1) == 0
-    assert re.search(r"^Saturation +0\.\d+", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^Saturation +0\.\d+ +0\.\d+ *$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_every_section_has_code():
