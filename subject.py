@@ -126,12 +126,14 @@ class Subject:
 def fill(prompts: list[str], token: str, noun: str) -> list[str]:
     """Prompts with the token for {V} and the noun for {noun}; they may also have both written in them.
 
-    Raises SubjectError for a prompt that lacks one of them.
+    A token of letters must be a whole word, as in reward.strip_token. Raises SubjectError for a prompt that lacks one.
     """
+    token, noun = " ".join(token.split()), " ".join(noun.split())
     filled = [" ".join(prompt.format(V=token, noun=noun).split()) for prompt in prompts]
     for prompt in filled:
-        for word, name in ((token, "{V}"), (noun, "{noun}")):
-            if word not in prompt:
+        words = re.findall(r"\w+", prompt) if token.isalnum() else prompt
+        for word, name, place in ((token, "{V}", words), (noun, "{noun}", prompt)):
+            if word not in place:
                 raise SubjectError(f"the prompt {prompt!r} lacks {word!r}: write {name} where it should be")
     return filled
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -106,7 +107,7 @@ def prompts(name: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError(f"{name} is empty: give a file with a prompt a line")
     for prompt in found:
-        if set("{}") & set(prompt.replace("{V}", "").replace("{noun}", "")):
+        if set("{}") & set(re.sub(r"\{(V|noun)\}", "", prompt)):
             raise argparse.ArgumentTypeError(f"{name}: only {{V}} and {{noun}} may be in braces, not as in {prompt!r}")
     return found
 

@@ -58,9 +58,11 @@ def test_filled_prompts(tmp_path):
     assert dog.training_prompts[1] == "a sks dog in Vincent Van Gogh rendition"
     assert dog.training_prompts[-1] == "a green sks dog" and dog.test_prompts[-1] == "a cube shaped sks dog"
     assert all(fill(prompts, "sks", "dog") for prompts in SKILLS.values())  # each has token and noun
-    assert fill(SKILLS["views"][2:], "sks", "cat") == ["a back view of a sks cat", "a side view of a sks cat"]
+    assert fill(SKILLS["views"][2:3], " sks", "big  cat") == ["a back view of a sks big cat"]  # a header's
     can = load_subject(put(tmp_path / "can"), token="{noun}")  # an odd token is not filled in twice
     assert can.test_prompts[10] == "a {noun} can with a wheat field in the background"
+    with pytest.raises(SubjectError, match="'a hotdog asks' lacks 'sks'"):  # the reward would not remove it
+        fill(["a hotdog asks"], "sks", "dog")
     with pytest.raises(dataclasses.FrozenInstanceError):
         dog.noun = "cat"
 

@@ -43,6 +43,7 @@ BAD = {
     "UTF-8": b"a {V} {noun} in a caf\xe9",
     "'a {V} {noun} {here}'": b"a {V} {noun}\na {V} {noun} {here}",
     "'a {V} {noun} in {'": b"a {V} {noun} in {",
+    "'a {{V}noun}'": b"a {{V}noun}",
     "lacks '[V]'": b"a {V} {noun}\na {noun} in the snow",
     "lacks 'dog': write {noun}": b"a {V} cat",
 }
