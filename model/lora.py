@@ -35,6 +35,10 @@ class Adapter(nn.Module):
             self.lora_down = nn.Conv2d(layer.in_channels, rank, *shape, **options)
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, **options)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """alpha / rank * up(down(x)), of the shape of the layer's output."""
+        return self.scale * self.lora_up(self.lora_down(x))
+
 
 class AdaptedLayer(nn.Module):
     """A layer and its adapter, in the layer's place."""
@@ -45,8 +49,7 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The shapes are the layer's."""
-        y = self.layer(x)
-        return torch.add(y, self.lora.lora_up(self.lora.lora_down(x)), alpha=self.lora.scale) if self.on else y
+        return self.layer(x) + self.lora(x) if self.on else self.layer(x)
 
 
 class LoRA(nn.ModuleDict):

@@ -6,11 +6,11 @@ A command imports it first: Ctrl-C while torch is still imported, which takes se
 import sys
 
 
-def _excepthook(kind, error, traceback):
+def _excepthook(kind, error, traceback, previous=sys.excepthook):
     if kind is KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130)
-    sys.__excepthook__(kind, error, traceback)
+    previous(kind, error, traceback)
 
 
 sys.excepthook = _excepthook

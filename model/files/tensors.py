@@ -104,15 +104,17 @@ def what_is(keys: Iterable[str]) -> str | None:
 def load_tensors(network: nn.Module, tensors: Tensors, source: Path | str, dtype=torch.float32) -> None:
     """Put `tensors` into `network`, which may be on the meta device; floating-point tensors are cast to `dtype`.
 
-    Raises CheckpointError, naming the first few keys, if any is missing, unexpected or misshapen.
+    Raises CheckpointError, naming the first few keys, if any is missing, unexpected, misshapen or not floating-point.
     """
     expected, kind = network.state_dict(), what_is(tensors)
     # position_ids is a constant in older files
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     shapes = {name: (tuple(tensors[name].shape), tuple(expected[name].shape)) for name in tensors if name in expected}
+    integers = {name for name, tensor in tensors.items() if not tensor.is_floating_point()}
     found = {
         "lacks": sorted(expected.keys() - tensors.keys()),
         "has unexpected": sorted(tensors.keys() - expected.keys()),
+        "has integers in": [name for name in shapes if name in integers and expected[name].is_floating_point()],
         "has other shapes:": [f"{name} is {a} and should be {b}" for name, (a, b) in shapes.items() if a != b],
     }
     if problems := [f"{what} {_some(names)}" for what, names in found.items() if names]:

@@ -77,6 +77,7 @@ def test_misfits_are_named(tmp_path):
     for change, *words in [
         ({"linear__bias": None}, tmp_path / NAME, "Network", "lacks linear.bias"),
         ({"linear__scale": torch.ones(3)}, "unexpected linear.scale"),
+        ({"linear__weight": torch.ones(3, 4).char()}, "it has integers in linear.weight"),
         ({"linear__weight": torch.ones(4, 3)}, "linear.weight is (4, 3) and should be (3, 4)"),
         ({"linear__weight": None, "x": torch.ones(1)}, "lacks linear.weight; it has unexpected x"),  # all at once
         ({f"{letter}\nb": torch.ones(1) for letter in "edcba"}, "unexpected a b, b b, c b and 2 more"),
