@@ -4,17 +4,17 @@
     reward   "look-forward": r = -mean (x̂_0 - x_0)², the reconstruction error of the picture that t looks forward to;
              "dino":         r = cos(DINO(decoded x̂_0), DINO(photo)) - 1, which needs no gradient.
     critic   Q_φ((x̂_0 - x_0)²) ≈ r, a small network; φ minimises (Q_φ - r)².
-    loss     look-forward: -γ^t Q_φ + w ℓ(θ; x_class)
-             dino:         -γ^t Q_φ + ℓ(θ; x_ref) + w ℓ(θ; x_class)
+    loss     look-forward: -λ γ^t Q_φ + w ℓ(θ; x_class)
+             dino:         -λ γ^t Q_φ + ℓ(θ; x_ref) + w ℓ(θ; x_class)
 
 θ climbs the critic's gradient, φ being fixed, so any reward will do, even one that cannot be differentiated. w is
 DreamBooth's prior preservation (arXiv 2208.12242, section 3.3), ℓ the denoising loss.
 
 Where each term is from. We could not open the paper's text. Look-forward is what its authors released
 (github.com/wfanyue/DPG-T2I-Personalization): the critic's input, the unweighted target, γ^t = 0.9986^t outside the
-critic, w = 1, no ε-loss on the photos. A comment there, and the paper's ablation by others' notes, find γ = 1
-better than 0.9986. DINO was never released: r and the added ℓ(θ; x_ref) (the paper's λ Q_φ - ‖ε - ε_θ‖², λ = 1
-here; it ablates 0.1 and 1) are from two published notes on the paper, which agree; γ^t with DINO is our guess.
+critic, λ = w = 1, no ε-loss on the photos. A comment there, and the paper's ablation by others' notes, find γ = 1
+better than 0.9986. DINO was never released: r and the added ℓ(θ; x_ref) (the paper's λ Q_φ - ‖ε - ε_θ‖²; it
+ablates λ = 0.1 and 1) are from two published notes on the paper, which agree; γ^t with DINO is our guess.
 
 How this differs from the paper's setting, for it is compared in our loop, with our steps and learning rate:
 - Only the U-Net learns; the paper trains the text encoder too (--train-text-encoder), for 1,000 steps at 1e-6, with 8
@@ -44,7 +44,7 @@ from model.stable_diffusion import home_of
 from reward import Reward, unit_features
 from rpo import denoising_loss
 from support import ranks
-from support.settings import fraction, ours
+from support.settings import at_least_0, fraction, ours
 from support.start import Run
 
 
@@ -53,7 +53,7 @@ class DPGLoss(NamedTuple):
 
     total: Tensor  # the value to minimise
     similarity: Tensor  # mean of ℓ(θ; x_ref); a part of the total with the DINO reward only
-    policy: Tensor  # mean of -γ^t Q_φ((x̂_0 - x_0)²)
+    policy: Tensor  # mean of -γ^t Q_φ((x̂_0 - x_0)²), before λ
     prior: Tensor  # mean of ℓ(θ; x_class), before the weight
     critic_target: Tensor  # mean of r, detached
     critic_loss: Tensor  # mean of (Q_φ - r)² before φ's step, detached
@@ -111,6 +111,7 @@ def policy_loss(critic: nn.Module, residual: Tensor, weight: Tensor) -> Tensor:
 class DPGSettings(DreamBoothSettings):
     dpg_reward: str = ours("look-forward", ("look-forward", "dino"), "what the critic learns")
     gamma: float = ours(0.9986, fraction, "γ: γ^t weighs the critic")
+    policy_weight: float = ours(1.0, at_least_0, "λ: weight of the critic's term; the paper tries 0.1 and 1")
 
 
 class DPG(DreamBooth):
@@ -151,8 +152,8 @@ class DPG(DreamBooth):
         policy = policy_loss(self.critic, residual, self.settings.gamma ** t[:n].to(residual.dtype))
 
         similarity, prior = ref.mean(), prior.mean()
-        total = policy + similarity if self.dino else policy
-        total = total + self.settings.prior_weight * prior
+        total = self.settings.policy_weight * policy + self.settings.prior_weight * prior
+        total = total + similarity if self.dino else total
         return DPGLoss(total, similarity, policy, prior, reward.mean(), critic_loss)
 
     def dino_features(self, pictures: list[Image.Image]) -> Tensor:

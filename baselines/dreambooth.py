@@ -104,10 +104,11 @@ class DreamBooth(RPO):
         If the text encoder learns, it encodes both prompts anew, with gradient.
         """
         x_0, eps = torch.cat([batch.x_ref, batch.x_class]), torch.cat([batch.eps_ref, batch.eps_class])
-        context = torch.cat([batch.c, batch.c_class])
         if self.settings.train_text_encoder:
             prompts = self.sd.tokenizer([self.subject.instance_prompt, self.subject.class_prompt])
             context = self.sd.text_encoder(prompts.to(self.sd.device)).repeat_interleave(len(batch.photo), 0)
+        else:
+            context = torch.cat([batch.c, batch.c_class])
         return x_0, eps, torch.cat([batch.t_ref, batch.t_class]), context
 
     def loss(self, batch: PriorBatch) -> DreamBoothLoss:

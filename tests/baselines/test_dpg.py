@@ -104,9 +104,10 @@ def learned(trainer):
 
 
 @REWARDS
-@pytest.mark.parametrize(("gamma", "prior_weight"), [(0.9986, 1.0), (1.0, 0.3), (0.9, 0.0)])
-def test_loss_is_the_formula(prepared, reward, gamma, prior_weight):
-    trainer = learned(prepared("--dpg-reward", reward, "--gamma", gamma, "--prior-weight", prior_weight))
+@pytest.mark.parametrize(("gamma", "lam", "prior_weight"), [(0.9986, 1.0, 1.0), (1.0, 0.1, 0.3), (0.9, 2.0, 0.0)])
+def test_loss_is_the_formula(prepared, reward, gamma, lam, prior_weight):
+    options = "--dpg-reward", reward, "--gamma", gamma, "--policy-weight", lam, "--prior-weight", prior_weight
+    trainer = learned(prepared(*options))
     x, critic = batch([0, 3, 700], seed=9), trainer.critic
     a = trainer.sd.scheduler.alphas_cumprod[x.t_ref].double().reshape(3, 1, 1, 1)
     x_t = [a.sqrt() * x_0 + (1 - a).sqrt() * eps for x_0, eps in ((x.x_ref, x.eps_ref), (x.x_class, x.eps_class))]
@@ -123,7 +124,7 @@ def test_loss_is_the_formula(prepared, reward, gamma, prior_weight):
     loss = trainer.loss(x)
     policy = -sum(gamma**t * q for t, q in zip([0, 3, 700], critic(residual).tolist(), strict=True)) / 3  # after it
     assert abs(policy) > 1e-4
-    total = policy + prior_weight * prior + (similarity if reward == "dino" else 0)
+    total = lam * policy + prior_weight * prior + (similarity if reward == "dino" else 0)
     expected = [total, similarity, policy, prior, rewards.mean().item(), error]
     assert [part.item() for part in loss] == pytest.approx(expected, rel=1e-5)
 
@@ -208,9 +209,10 @@ def test_a_run_and_a_resumed_one(run, base, tmp_path, reward):
 
 
 def test_every_flag_of_dpg_is_read(run, base, tmp_path, capsys):
-    switches = {"prior_weight": 0.5, "class_images": 3, "dpg_reward": "dino", "gamma": 0.5}
+    """Besides those that it has from DreamBooth."""
+    switches = {"dpg_reward": "dino", "gamma": 0.5, "policy_weight": 0.1}
     listed = []
-    for name in (None, "dpg"):
+    for name in ("dreambooth", "dpg"):
         assert run("--help", baseline=name) == 0
         listed.append(set(re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE)))
     assert {name.replace("-", "_") for name in listed[1] - listed[0]} == switches.keys()
@@ -224,13 +226,14 @@ def test_every_flag_of_dpg_is_read(run, base, tmp_path, capsys):
         rows = two_steps(f"--{name.replace('_', '-')}", value)
         changed[name] = [{key for key in row if row[key] != was[key]} for row, was in zip(rows, plain, strict=True)]
         assert read_metadata(tmp_path / "dpg.safetensors")[name] == str(value)
-    assert changed["prior_weight"][0] == {"total", "gradient_norm"}
+    assert "total" in changed["policy_weight"][0] | changed["policy_weight"][1]
     assert changed["dpg_reward"][0] - {"policy"} == {"total", "gradient_norm", "critic_target", "critic_loss"}
-    assert "prior" in changed["class_images"][0] and "policy" in changed["gamma"][0] | changed["gamma"][1]
+    assert "policy" in changed["gamma"][0] | changed["gamma"][1]
 
 
 def test_dino_needs_its_files_and_a_decoder_on_the_device(run, prepared, capsys, monkeypatch):
     assert run("--dpg-reward", "dino", baseline="dpg") == 2
     assert "metrics/dino" in error_line(capsys)
     monkeypatch.setattr(memory, "free_memory", lambda device: 1e3)  # what is used in every step is not moved
-    assert prepared("--dpg-reward", "dino").machine.offloadable == [] and len(prepared().machine.offloadable) == 3
+    moved = {"--dpg-reward=dino": 0, "--steps=4": 3, "--train-text-encoder": 2}  # nor a text encoder that learns
+    assert {option: len(prepared(option).machine.offloadable) for option in moved} == moved
