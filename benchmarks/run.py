@@ -149,7 +149,7 @@ def training_rows(pair: Pair, base: Path, argv: list[str], repeats: int) -> list
             ours, theirs = (run_of(sd, base, Path(folder), argv) for sd in (mine, other))
             losses = [step(run) for run in (ours, theirs)]
             check_same(*losses, 1e-3 if pair.device.type == "cpu" else 5e-2, "the first step's loss")
-            rank, pairs, side = ours.machine.lora_rank, ours.settings.batch, ours.ref[0].shape[-1]
+            rank, pairs, side = ours.machine.lora_rank, ours.settings.batch, ours.photo_latents[0].shape[-1]
             kind = f"LoRA {rank}" if rank else "the whole U-Net"
             seconds = alternate(lambda a=ours: step(a), lambda b=theirs: step(b), repeats, pair.device)
             rows.append(row(f"training step, {kind}, pairs: {pairs} x {side}x{side}, {name}", *seconds))

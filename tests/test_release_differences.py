@@ -42,11 +42,9 @@ def marked(done):
     """A trainer whose photos, negatives and prompts are marked by numbers, and P by both."""
     trainer = copy.copy(done[1])
     trainer.settings = dataclasses.replace(trainer.settings, batch=5)
-    trainer.ref = marks(trainer.ref[0]), torch.zeros_like(trainer.ref[1])
-    trainer.generated_latents = (
-        100 + marks(trainer.generated_latents[0]),
-        torch.zeros_like(trainer.generated_latents[1]),
-    )
+    photos, negatives = trainer.photo_latents, trainer.generated_latents
+    trainer.photo_latents = marks(photos[0]), torch.zeros_like(photos[1])
+    trainer.generated_latents = 100 + marks(negatives[0]), torch.zeros_like(negatives[1])
     trainer.c, trainer.c_mod = torch.full_like(trainer.c, -1), 100 + marks(trainer.c_mod)
     trainer.p = torch.arange(3)[:, None] / 4 + torch.arange(NEGATIVES) / 100
     return trainer
@@ -107,7 +105,7 @@ def test_same_command_same_result_other_seed_another(run, done, tmp_path):
 def test_negatives_are_encoded_as_they_were_drawn(done):
     """The release stores them as JPEG."""
     _, trainer = done
-    assert all(map(torch.equal, trainer.ref, trainer.sd.encode_images(trainer.photos)))
+    assert all(map(torch.equal, trainer.photo_latents, trainer.sd.encode_images(trainer.photos)))
     assert all(map(torch.equal, trainer.generated_latents, trainer.sd.encode_images(trainer.drawn[0][2])))
 
 
