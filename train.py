@@ -74,12 +74,12 @@ class RPOSettings(Settings):
 
 
 class Batch(NamedTuple):
-    """n pairs of a photo and a negative."""
+    """n pairs of a photo and a negative. C is the number of latent channels: 4, in the embedded base 8."""
 
-    x_ref: Tensor  # (n, 4, h, w) clean latents of the photo
-    x_gen: Tensor  # (n, 4, h, w) clean latents of the negative
-    eps_ref: Tensor  # (n, 4, h, w) noise of the photo
-    eps_gen: Tensor  # (n, 4, h, w) noise of the negative
+    x_ref: Tensor  # (n, C, h, w) clean latents of the photo
+    x_gen: Tensor  # (n, C, h, w) clean latents of the negative
+    eps_ref: Tensor  # (n, C, h, w) noise of the photo
+    eps_gen: Tensor  # (n, C, h, w) noise of the negative
     t: Tensor  # (n,) one timestep a pair
     c: Tensor  # (n, 77, width) "a photo of [V] dog"
     c_mod: Tensor  # (n, 77, width) the prompt that drew the negative

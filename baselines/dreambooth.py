@@ -61,10 +61,10 @@ def dreambooth_loss(ref: Tensor, prior: Tensor, prior_weight: float = 1.0) -> Dr
 class PriorBatch(NamedTuple):
     """n photos and n class images."""
 
-    x_ref: Tensor  # (n, 4, h, w) clean latents of the photo
-    x_class: Tensor  # (n, 4, h, w) clean latents of the class image
-    eps_ref: Tensor  # (n, 4, h, w)
-    eps_class: Tensor  # (n, 4, h, w)
+    x_ref: Tensor  # (n, C, h, w) clean latents of the photo
+    x_class: Tensor  # (n, C, h, w) clean latents of the class image
+    eps_ref: Tensor  # (n, C, h, w)
+    eps_class: Tensor  # (n, C, h, w)
     t_ref: Tensor  # (n,)
     t_class: Tensor  # (n,)
     c: Tensor  # (n, 77, width) "a photo of [V] dog"

@@ -149,7 +149,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scaled latents' posterior, each (B, 4, H/8, W/8); latents are
+        """Mean and standard deviation of the scaled latents' posterior, each (B, C, H/8, W/8); latents are
         mean + std * noise. images: RGB pictures of one size. Raises FloatingPointError if they are not finite.
         """
         n, scale = self._vae_batch(math.prod(images[0].size)), self.vae.config.scaling_factor
@@ -160,7 +160,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
-        """Scaled latents (B, 4, h, w) to RGB pictures of 8h x 8w, in fp32 if `precision` is fp16: it would overflow.
+        """Scaled latents (B, C, h, w) to RGB pictures of 8h x 8w, in fp32 if `precision` is fp16: it would overflow.
 
         Raises FloatingPointError if finite latents become pixels that are not.
         """
@@ -177,7 +177,7 @@ class StableDiffusion:
         return 1 if self.device.type == "cuda" else max(1, 8 * 128**2 // pixels)
 
     def denoise(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The U-Net's prediction, shaped as the latents (B, 4, h, w), in `precision`; t () or (B,)."""
+        """The U-Net's prediction, shaped as the latents (B, C, h, w), in `precision`; t () or (B,)."""
         with self.autocast():
             return self.unet(latents, t, context)
 
@@ -198,7 +198,7 @@ class StableDiffusion:
         """Draw one picture for each prompt and its seed, `size` x `size` pixels (default: `image_size`).
 
         Each picture's noise comes from its own seed, on the CPU, so it is the same, to rounding, for any batch size
-        (default: `drawing_batch`) and device. latents (B, 4, h, w): the initial noise instead. unet: called like
+        (default: `drawing_batch`) and device. latents (B, C, h, w): the initial noise instead. unet: called like
         `denoise` (the default). on_batch: called with the number of pictures just finished.
         Raises ValueError for an impossible size or number of steps, and FloatingPointError if weights are not finite.
         """

@@ -96,8 +96,8 @@ class UNet(nn.Module):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, latents: Tensor, timestep: int | Tensor, context: Tensor) -> Tensor:
-        """latents (B, 4, H, W), any H and W; timestep in 0..999: a number, or a tensor () or (B,);
-        context (B, T, cross_attention_dim), the encoded prompt -> ε or v (B, 4, H, W)."""
+        """latents (B, C, H, W), any H and W; timestep in 0..999: a number, or a tensor () or (B,);
+        context (B, T, cross_attention_dim), the encoded prompt -> ε or v (B, C, H, W)."""
         t = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         t = F.silu(self.time_embedding(t))  # the first step of every resnet's time_emb_proj
         x = self.conv_in(latents)

@@ -53,12 +53,12 @@ class VAE(nn.Module):
         return load(cls, read_config(VAEConfig, folder / "config.json"), folder, dtype, rename_old_attention, variant)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W) in [-1, 1] -> mean and log variance of z, each (B, 4, H/8, W/8), unscaled."""
+        """images (B, 3, H, W) in [-1, 1] -> mean and log variance of z, each (B, C, H/8, W/8), unscaled."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)  # exp of an untrained logvar would overflow
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents z (B, 4, h, w), unscaled -> images (B, 3, 8h, 8w), in [-1, 1] or slightly beyond."""
+        """latents z (B, C, h, w), unscaled -> images (B, 3, 8h, 8w), in [-1, 1] or slightly beyond."""
         return self.decoder(self.post_quant_conv(latents))
 
 
@@ -76,7 +76,7 @@ def _encoder(config: VAEConfig) -> nn.Sequential:
 
 
 def _decoder(config: VAEConfig) -> nn.Sequential:
-    """Latents (B, 4, h, w) -> images (B, 3, 8h, 8w)."""
+    """Latents (B, C, h, w) -> images (B, 3, 8h, 8w)."""
     widths, groups = config.block_out_channels[::-1], config.norm_num_groups
     return _chain(
         conv_in=nn.Conv2d(config.latent_channels, widths[0], 3, padding=1),

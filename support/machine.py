@@ -72,7 +72,7 @@ class Machine:
         self.offloadable, self.offloaded = offloadable, False
 
     def theta(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """θ's prediction, shaped as the latents (n, 4, h, w); t (n,), context (n, 77, width)."""
+        """θ's prediction, shaped as the latents (n, C, h, w); t (n,), context (n, 77, width)."""
         with self.sd.autocast():
             return self.unet(latents, t, context)
 
