@@ -26,6 +26,8 @@ UNET = networks.UNET_CONFIG | {
     "attention_head_dim": 2,
     "cross_attention_dim": 32,
     "norm_num_groups": 4,
+    "in_channels": 4,  # as Stable Diffusion's; weights/toy has 8
+    "out_channels": 4,
     "sample_size": 8,
 }
 VAE = networks.VAE_CONFIG | {
@@ -33,6 +35,7 @@ VAE = networks.VAE_CONFIG | {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2,
     "norm_num_groups": 4,
+    "latent_channels": 4,
     "sample_size": 16,
 }
 

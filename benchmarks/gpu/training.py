@@ -54,8 +54,8 @@ def cases(folder: Path) -> list[tuple[str, nn.Module, str, tuple[Tensor, ...]]]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(1, *shape, generator=draws)
 
-    side = sd.image_size // sd.vae.downscale
-    latents, context = normal(4, side, side), normal(77, sd.unet.config.cross_attention_dim)
+    side, config = sd.image_size // sd.vae.downscale, sd.unet.config
+    latents, context = normal(config.in_channels, side, side), normal(77, config.cross_attention_dim)
     photo = load_photos(load_subject(tools.DOG), sd.image_size)[:1]
     found = [
         ("U-Net", sd.unet, "forward", (latents, torch.tensor([601]), context)),

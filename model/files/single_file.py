@@ -238,5 +238,7 @@ def _refuse_others(tensors: Tensors, path: Path) -> None:
     present = {part for part, prefix in PREFIXES.items() for key in tensors if key.startswith(prefix)}
     if lacking := [f"{part} ({prefix}*)" for part, prefix in PREFIXES.items() if part not in present]:
         raise CheckpointError(f"{path} is not a whole Stable Diffusion in one file: it lacks {', '.join(lacking)}")
-    if (first := tensors.get("model.diffusion_model.input_blocks.0.0.weight")) is not None:
-        check_channels(first.shape[1], 4, 4, path)
+    first = tensors.get("model.diffusion_model.input_blocks.0.0.weight")
+    latents = tensors.get("first_stage_model.post_quant_conv.weight")
+    if first is not None and latents is not None:
+        check_channels(first.shape[1], len(latents), len(latents), path)
