@@ -1,308 +1,232 @@
-"""The animals of the toy world, sitting and seen from the front, and the outfits that fit all of them."""
+"""The living subjects: a dog, cat, rabbit or bear from the front, the side or the back, in any mood, or crossed.
+
+Ears tell the kinds apart; colours, marking, collar, the ears' shape and the proportions tell individuals apart.
+The phrases are those of the paper's figures on expressions, views and hybrids.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from toy.draw import Color, Pen, Subject, shade
+from toy.draw import BLACK, GOLD, PINK, WHITE, Color, Pen, Subject, coat, oval, part, shade, slab, star, tube
+from toy.outfits import OUTFITS, Anatomy, Ellipse, collar
 
-BLACK, WHITE, PINK, GOLD = (28, 26, 30), (250, 250, 250), (236, 130, 140), (246, 200, 60)
-NAVY, RED, PURPLE, GREEN = (32, 48, 112), (214, 38, 40), (120, 56, 176), (48, 160, 70)
-RAINBOW = ((228, 50, 50), (250, 170, 40), (60, 180, 80), (60, 110, 220), (150, 70, 190))
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Where the head and the body of one individual are, in the pen's frame: height of the head, half axes."""
-
-    head_y: float
-    head_rx: float
-    head_ry: float
-    body_rx: float
-    body_ry: float
-
-    @property
-    def neck_y(self) -> float:
-        return self.head_y - self.head_ry * 0.86
-
-    @property
-    def top_y(self) -> float:
-        return self.head_y + self.head_ry
-
-
-def anatomy(subject: Subject) -> Anatomy:
-    """`width` is the width of the body, `height` the size of the head."""
-    bear = 0.03 if subject.kind == "bear" else 0.0
-    body_rx = 0.21 + 0.10 * subject.width + bear
-    head_rx = 0.26 + 0.09 * subject.height
-    return Anatomy(0.62, head_rx, 0.225 + 0.05 * subject.height, body_rx, 0.24)
-
-
-def draw_animal(pen: Pen, subject: Subject, outfit: str | None = None) -> None:
-    """A dog, cat, rabbit or bear, about 1 unit tall without its ears. outfit: a phrase of OUTFITS."""
-    garment, headwear = OUTFITS[outfit] if outfit else (None, None)
-    a, main, second = anatomy(subject), subject.main, subject.second
-    dark = shade(main, 0.72)
-    if subject.kind == "cat":
-        pen.arc(a.body_rx + 0.02, 0.24, 0.13, 0.18, -100, 90, dark, 0.07)
-    elif subject.kind == "dog":
-        pen.line([(a.body_rx * 0.7, 0.12), (a.body_rx + 0.1, 0.22), (a.body_rx + 0.15, 0.34)], dark, 0.07)
-    elif subject.kind == "rabbit":
-        pen.ellipse(a.body_rx * 0.95, 0.1, 0.08, 0.08, WHITE)
-    pen.ellipse(0, 0.26, a.body_rx, a.body_ry, main)
-    draw_marking(pen, subject, 0, 0.26, a.body_rx, a.body_ry, body=True)
-    if subject.marking != "stripes":
-        pen.ellipse(0, 0.2, a.body_rx * 0.5, 0.15, second)
-    for side in (-1, 1):
-        pen.ellipse(side * a.body_rx * 0.72, 0.055, 0.105, 0.055, dark)
-    if garment:
-        garment(pen, a)
-    draw_head(pen, subject, a)
-    if headwear:
-        headwear(pen, a)
-
-
-def draw_head(pen: Pen, subject: Subject, a: Anatomy) -> None:
-    """Ears, head, face and collar."""
-    main = subject.main
-    floppy = subject.kind == "dog" and subject.variant != 2
-    pen.line(
-        [(-a.head_rx * 0.62, a.neck_y), (0, a.neck_y - 0.035), (a.head_rx * 0.62, a.neck_y)], subject.accent, 0.095
-    )
-    pen.ellipse(0, a.neck_y - 0.08, 0.045, 0.045, GOLD)
-    if not floppy:
-        draw_ears(pen, subject, a)
-    pen.ellipse(0, a.head_y, a.head_rx, a.head_ry, main)
-    draw_marking(pen, subject, 0, a.head_y, a.head_rx, a.head_ry)
-    if floppy:
-        draw_ears(pen, subject, a)
-    draw_face(pen, subject, a.head_y, a.head_rx, a.head_ry)
-
-
-def draw_ears(pen: Pen, subject: Subject, a: Anatomy) -> None:
-    """Kinds have different ears; `variant` and `detail` make them different for each individual."""
-    dark, long = shade(subject.main, 0.72), 0.8 + 0.5 * subject.detail
-    for side in (-1, 1):
-        x = side * a.head_rx
-        if subject.kind == "rabbit":
-            lean = (0.25, 0.55, 0.4)[subject.variant]
-            tip = 0.36 * long
-            pen.ellipse(x * lean * 1.15, a.top_y + tip * 0.42, 0.075, tip * 0.62, subject.main, -side * 25 * lean)
-            pen.ellipse(x * lean * 1.15, a.top_y + tip * 0.42, 0.036, tip * 0.45, PINK, -side * 25 * lean)
-        elif subject.kind == "bear":
-            pen.ellipse(x * 0.78, a.top_y - 0.06, 0.09 * long, 0.09 * long, subject.main)
-            pen.ellipse(x * 0.78, a.top_y - 0.06, 0.05 * long, 0.05 * long, subject.second)
-        elif subject.kind == "cat" or subject.variant == 2:
-            tip, inner = 0.17 * long, PINK if subject.kind == "cat" else subject.second
-            foot = a.head_y + a.head_ry * 0.45
-            pen.polygon([(x * 0.98, foot), (x * 0.95, a.top_y + tip), (x * 0.18, a.top_y - 0.02)], subject.main)
-            pen.polygon([(x * 0.88, foot + 0.06), (x * 0.86, a.top_y + tip * 0.6), (x * 0.42, a.top_y - 0.04)], inner)
-        else:
-            drop = (0.16, 0.21)[subject.variant] * long
-            pen.ellipse(
-                x * 1.0, a.head_y + 0.07 - drop * 0.35, 0.095, drop, dark, side * (14 if subject.variant else 24)
-            )
-
-
-def draw_face(pen: Pen, subject: Subject, y: float, rx: float, ry: float) -> None:
-    """Eyes, muzzle and nose; `detail2` is the size of the muzzle."""
-    muzzle = 0.5 + 0.25 * subject.detail2
-    if subject.kind in ("dog", "bear"):
-        pen.ellipse(0, y - ry * 0.42, rx * muzzle, ry * 0.46, shade(subject.second, 1.12))
-        pen.ellipse(0, y - ry * 0.2, 0.062, 0.045, BLACK)
-        pen.line([(0, y - ry * 0.25), (0, y - ry * 0.6)], BLACK, 0.022)
-    else:
-        pen.ellipse(0, y - ry * 0.42, rx * muzzle * 0.85, ry * 0.38, shade(subject.second, 1.12))
-        pen.ellipse(0, y - ry * 0.22, 0.045, 0.035, PINK)
-        if subject.kind == "cat":
-            for side in (-1, 1):
-                for k in (0, 1):
-                    pen.line(
-                        [(side * rx * 0.55, y - ry * (0.32 + 0.2 * k)), (side * rx * 1.12, y - ry * (0.22 + 0.34 * k))],
-                        shade(subject.main, 0.45),
-                        0.018,
-                    )
-        else:
-            pen.box(-0.045, y - ry * 0.86, 0.045, y - ry * 0.5, WHITE)
-    for side in (-1, 1):
-        pen.ellipse(side * rx * 0.44, y + ry * 0.22, 0.068, 0.074, WHITE)
-        pen.ellipse(side * rx * 0.44, y + ry * 0.2, 0.05, 0.056, BLACK)
-        pen.ellipse(side * rx * 0.44 + 0.016, y + ry * 0.28, 0.017, 0.017, WHITE)
-
-
-def draw_marking(pen: Pen, subject: Subject, x: float, y: float, rx: float, ry: float, body: bool = False) -> None:
-    """The marking, in the second colour, inside the ellipse (x, y, rx, ry)."""
-    color = subject.second
-    if subject.marking == "patch" and not body:
-        pen.ellipse(x + rx * 0.44, y + ry * 0.2, rx * 0.4, ry * 0.52, color)
-    elif subject.marking == "split":
-        arc = [math.radians(90 - 6 * i) for i in range(31)]
-        pen.polygon([(x + rx * math.cos(t), y + ry * math.sin(t)) for t in arc], color)
-    elif subject.marking == "spots":
-        for u, v in ((-0.6, 0.45), (0.55, 0.55), (-0.62, -0.3), (0.64, -0.25), (0.0, 0.72)):
-            pen.ellipse(x + rx * u, y + ry * v, 0.062, 0.058, color)
-    elif subject.marking == "stripes":
-        for u in (-0.62, -0.02, 0.58) if not body else (-0.7, -0.25, 0.25, 0.7):
-            reach = ry * math.sqrt(1 - u * u)
-            low = 0.45 * reach if not body else -reach * 0.9
-            half = 0.038
-            pen.polygon(
-                [
-                    (x + rx * u - half, y + low),
-                    (x + rx * u + half, y + low),
-                    (x + rx * u + half * 0.9, y + reach * 0.96),
-                    (x + rx * u - half * 0.9, y + reach * 0.96),
-                ],
-                color,
-            )
-
-
-# Clothes. Each function takes the pen and the anatomy of the animal that wears them.
-
-
-def coat(pen: Pen, a: Anatomy, color: Color) -> None:
-    """A garment with short sleeves."""
-    for side in (-1, 1):
-        pen.ellipse(side * a.body_rx * 0.9, 0.28, 0.085, 0.12, shade(color, 0.82), side * 24)
-    pen.ellipse(0, 0.27, a.body_rx * 1.04, a.body_ry * 0.93, color)
-
-
-def brim(pen: Pen, a: Anatomy, color: Color, reach: float = 0.9) -> None:
-    """The brim of a hat."""
-    y = a.top_y - 0.075
-    pen.box(-a.head_rx * reach, y - 0.028, a.head_rx * reach, y + 0.028, color, 0.03)
-
-
-def red_hat(pen: Pen, a: Anatomy) -> None:
-    y = a.top_y - 0.08
-    arc = [math.radians(6 * i) for i in range(31)]
-    pen.polygon([(a.head_rx * 0.68 * math.cos(t), y + 0.2 * math.sin(t)) for t in arc], RED)
-    pen.box(-a.head_rx * 1.0, y - 0.03, a.head_rx * 1.0, y + 0.035, shade(RED, 0.75), 0.03)
-
-
-def santa_hat(pen: Pen, a: Anatomy) -> None:
-    y, rx = a.top_y - 0.07, a.head_rx
-    pen.polygon(
-        [(-rx * 0.7, y), (rx * 0.7, y), (rx * 0.55, y + 0.22), (rx * 0.95, y + 0.16), (rx * 0.25, y + 0.32)], RED
-    )
-    pen.ellipse(rx * 0.98, y + 0.15, 0.068, 0.068, WHITE)
-    pen.box(-rx * 0.8, y - 0.045, rx * 0.8, y + 0.045, WHITE, 0.045)
-
-
-def rainbow_scarf(pen: Pen, a: Anatomy) -> None:
-    for i, color in enumerate(RAINBOW):
-        half, y = a.head_rx * (0.86 - 0.03 * i), a.neck_y + 0.045 - 0.036 * i
-        pen.line([(-half, y + 0.01), (0, y - 0.025), (half, y + 0.01)], color, 0.042)
-        pen.box(0.07 + 0.034 * i, 0.08, 0.104 + 0.034 * i, a.neck_y - 0.03, color)
-
-
-def top_hat_and_monocle(pen: Pen, a: Anatomy) -> None:
-    y, rx = a.top_y - 0.075, a.head_rx
-    pen.box(-rx * 0.56, y, rx * 0.56, y + 0.3, BLACK, 0.02)
-    pen.box(-rx * 0.56, y + 0.03, rx * 0.56, y + 0.08, (150, 30, 40))
-    brim(pen, a, BLACK, 0.95)
-    pen.arc(-rx * 0.44, a.head_y + a.head_ry * 0.2, 0.09, 0.09, 0, 360, GOLD, 0.03)
-    pen.line([(-rx * 0.44 - 0.07, a.head_y), (-rx * 0.8, a.neck_y - 0.03)], GOLD, 0.02)
-
-
-def chef_coat(pen: Pen, a: Anatomy) -> None:
-    coat(pen, a, WHITE)
-    for x in (-0.06, 0.06):
-        for k in range(3):
-            pen.ellipse(x, 0.09 + 0.09 * k, 0.024, 0.024, (60, 60, 70))
-
-
-def chef_hat(pen: Pen, a: Anatomy) -> None:
-    y, rx, line = a.top_y - 0.08, a.head_rx, (196, 200, 210)
-    for x, rise in ((-0.5, 0.21), (0.5, 0.21), (0, 0.25)):
-        pen.ellipse(rx * x, y + rise, rx * 0.42, 0.115, line)
-        pen.ellipse(rx * x, y + rise, rx * 0.38, 0.1, WHITE)
-    pen.box(-rx * 0.6, y - 0.02, rx * 0.6, y + 0.17, line)
-    pen.box(-rx * 0.56, y + 0.01, rx * 0.56, y + 0.18, WHITE)
-
-
-def firefighter_coat(pen: Pen, a: Anatomy) -> None:
-    coat(pen, a, (70, 62, 58))
-    for height in (0.12, 0.25):
-        pen.box(-a.body_rx * 0.9, height - 0.03, a.body_rx * 0.9, height + 0.03, (226, 236, 60))
-
-
-def firefighter_helmet(pen: Pen, a: Anatomy) -> None:
-    y, rx = a.top_y - 0.09, a.head_rx
-    arc = [math.radians(6 * i) for i in range(31)]
-    pen.polygon([(rx * 0.72 * math.cos(t), y + 0.21 * math.sin(t)) for t in arc], (224, 60, 30))
-    pen.box(-rx * 1.12, y - 0.035, rx * 1.12, y + 0.035, (190, 40, 24), 0.03)
-    pen.polygon([(-0.07, y + 0.03), (0.07, y + 0.03), (0.07, y + 0.12), (0, y + 0.18), (-0.07, y + 0.12)], GOLD)
-
-
-def police_coat(pen: Pen, a: Anatomy) -> None:
-    coat(pen, a, NAVY)
-    star(pen, -a.body_rx * 0.5, 0.27, 0.08, GOLD)
-    pen.box(-a.body_rx * 0.85, 0.1, a.body_rx * 0.85, 0.15, BLACK)
-    pen.box(-0.04, 0.095, 0.04, 0.155, GOLD)
-
-
-def police_cap(pen: Pen, a: Anatomy) -> None:
-    y, rx = a.top_y - 0.08, a.head_rx
-    pen.polygon([(-rx * 0.66, y), (rx * 0.66, y), (rx * 0.95, y + 0.15), (0, y + 0.23), (-rx * 0.95, y + 0.15)], NAVY)
-    pen.box(-rx * 0.7, y - 0.035, rx * 0.7, y + 0.025, BLACK, 0.03)
-    star(pen, 0, y + 0.11, 0.075, GOLD)
-
-
-def pink_glasses(pen: Pen, a: Anatomy) -> None:
-    y, pink = a.head_y + a.head_ry * 0.2, (255, 70, 160)
-    for side in (-1, 1):
-        pen.arc(side * a.head_rx * 0.45, y, 0.1, 0.1, 0, 360, pink, 0.042)
-        pen.line([(side * (a.head_rx * 0.45 + 0.09), y), (side * a.head_rx * 0.98, y + 0.03)], pink, 0.04)
-    pen.line([(-0.05, y), (0.05, y)], pink, 0.042)
-
-
-def yellow_shirt(pen: Pen, a: Anatomy) -> None:
-    coat(pen, a, (252, 218, 40))
-
-
-def wizard_robe(pen: Pen, a: Anatomy) -> None:
-    coat(pen, a, PURPLE)
-    star(pen, 0, 0.18, 0.085, GOLD)
-
-
-def wizard_hat(pen: Pen, a: Anatomy) -> None:
-    y, rx = a.top_y - 0.075, a.head_rx
-    pen.polygon([(-rx * 0.68, y), (rx * 0.68, y), (0.06, y + 0.42)], PURPLE)
-    pen.box(-rx * 1.1, y - 0.035, rx * 1.1, y + 0.035, shade(PURPLE, 0.7), 0.03)
-    star(pen, 0.0, y + 0.14, 0.075, GOLD)
-
-
-def green_jacket(pen: Pen, a: Anatomy) -> None:
-    coat(pen, a, GREEN)
-    pen.box(-0.022, 0.04, 0.022, 0.4, shade(GREEN, 0.6))
-
-
-def green_beret(pen: Pen, a: Anatomy) -> None:
-    y, rx = a.top_y - 0.06, a.head_rx
-    pen.ellipse(rx * 0.12, y + 0.04, rx * 0.78, 0.1, GREEN)
-    pen.ellipse(rx * 0.12, y + 0.13, 0.035, 0.035, shade(GREEN, 0.6))
-
-
-def star(pen: Pen, x: float, y: float, size: float, color: Color) -> None:
-    """A star with five points."""
-    radii = (size, size * 0.45) * 5
-    corners = [(r, math.radians(90 + 36 * i)) for i, r in enumerate(radii)]
-    pen.polygon([(x + r * math.cos(t), y + r * math.sin(t)) for r, t in corners], color)
-
-
-OUTFITS = {  # phrase: (garment, drawn before the head; headwear, drawn after it)
-    "wearing a red hat": (None, red_hat),
-    "wearing a santa hat": (None, santa_hat),
-    "wearing a rainbow scarf": (None, rainbow_scarf),
-    "wearing a black top hat and a monocle": (None, top_hat_and_monocle),
-    "in a chef outfit": (chef_coat, chef_hat),
-    "in a firefighter outfit": (firefighter_coat, firefighter_helmet),
-    "in a police outfit": (police_coat, police_cap),
-    "wearing pink glasses": (None, pink_glasses),
-    "wearing a yellow shirt": (yellow_shirt, None),
-    "in a purple wizard outfit": (wizard_robe, wizard_hat),
-    "wearing a green outfit": (green_jacket, green_beret),
-}
 ANIMALS = ("dog", "cat", "rabbit", "bear")
+MOODS = ("depressed", "joyous", "sleepy", "screaming")
+VIEWS = ("back view", "side view", "looking up at the camera", "looking down at the camera")
+GAZE = {"looking up at the camera": 0.38, "looking down at the camera": -0.3}  # how far the face moves, of half a head
+
+
+class Cross(NamedTuple):
+    """What a hybrid has of the other animal."""
+
+    ear: Color
+    muzzle: Color
+    mane: Color | None = None
+    eye_patch: Color | None = None
+    nose: float = 1.0
+
+
+CROSSES = {
+    "bear": Cross((120, 76, 44), (222, 180, 130)),
+    "koala": Cross((150, 156, 170), (216, 218, 226), nose=2.0),
+    "lion": Cross((214, 150, 60), (250, 226, 170), mane=(176, 92, 30)),
+    "panda": Cross(BLACK, WHITE, eye_patch=BLACK),
+}
+
+
+def anatomy(s: Subject) -> Anatomy:
+    """A sitting animal, 0.9 to 1 unit tall without its ears."""
+    wide = 0.03 if s.kind == "bear" else 0.0
+    head = Ellipse(0, 0.63, 0.29 + 0.07 * s.height, 0.24 + 0.04 * s.detail2)
+    return Anatomy(head, Ellipse(0, 0.25, 0.22 + 0.1 * s.width + wide, 0.25))
+
+
+def draw_animal(
+    pen: Pen,
+    s: Subject,
+    outfit: str | None = None,
+    mood: str | None = None,
+    view: str | None = None,
+    cross: str | None = None,
+) -> None:
+    """One animal sitting, with at most one of OUTFITS, MOODS, VIEWS and CROSSES."""
+    if view == "side view":
+        draw_from_the_side(pen, s)
+        return
+    a, other, back = anatomy(s), CROSSES.get(cross), view == "back view"
+    clothes = OUTFITS.get(outfit)
+    if clothes and clothes.behind:
+        clothes.behind(pen, a)
+    if not back:
+        draw_tail(pen, s, a.body.rx * 0.8)
+    coat(pen, s, oval(*a.body))
+    if not back and s.marking in ("plain", "patch"):
+        pen.ellipse(0, 0.2, a.body.rx * 0.55, 0.16, s.second)
+    for side in (-1, 1):
+        part(pen, other.ear if other and other.eye_patch else shade(s.main, 0.85), oval(side * 0.16, 0.05, 0.1, 0.055))
+    if back:
+        draw_tail(pen, s, 0)
+    if clothes and clothes.body:
+        clothes.body(pen, a)
+    else:
+        collar(pen, a, s.accent, tag=not back)
+    draw_head(pen, s, a.head, mood, GAZE.get(view, 0.0), other, back)
+    if clothes and clothes.head:
+        clothes.head(pen, a)
+
+
+def draw_tail(pen: Pen, s: Subject, x: float) -> None:
+    color = shade(s.main, 0.85)
+    if s.kind == "cat":
+        tube(pen, color, oval(x + 0.06, 0.24, 0.15, 0.19, -90, 100), 0.075)
+    elif s.kind == "dog":
+        tube(pen, color, [(x, 0.12), (x + 0.14, 0.2), (x + 0.17, 0.36)], 0.085)
+    else:
+        part(pen, WHITE if s.kind == "rabbit" else color, oval(x, 0.13, 0.1, 0.1))
+
+
+def draw_head(
+    pen: Pen,
+    s: Subject,
+    head: Ellipse,
+    mood: str | None = None,
+    gaze: float = 0.0,
+    other: Cross | None = None,
+    back: bool = False,
+) -> None:
+    """Mane, ears, skull and face; `gaze` is how far the face looks up (> 0) or down."""
+    if other and other.mane:
+        scallops = (oval(head.x, head.y, head.rx, head.ry, a, a + 1)[0] for a in range(0, 360, 30))
+        part(pen, other.mane, *(oval(x, y, 0.13, 0.13) for x, y in scallops))
+    floppy = s.kind == "dog" and s.variant != 2 and not other
+    if not floppy:
+        draw_ears(pen, s, head, other)
+    coat(pen, s, oval(*head), marking="plain" if other and other.eye_patch else None)
+    if floppy:
+        draw_ears(pen, s, head, other)
+    if not back:
+        draw_face(pen, s, Ellipse(head.x, head.y + gaze * head.ry, head.rx, head.ry), mood, gaze, other)
+
+
+def draw_ears(pen: Pen, s: Subject, head: Ellipse, other: Cross | None = None, sides: tuple = (-1, 1)) -> None:
+    """Two ears, or from the side one; `variant` and `detail` make them long or short, upright or hanging."""
+    x, y, rx, ry = head
+    long = 0.75 + 0.5 * s.detail
+    for side in sides:
+        u, top = x + side * rx, y + ry
+        if other:  # the round ears of the other animal
+            size = 0.17 if other.nose > 1 else 0.115
+            part(pen, other.ear, oval(u * 0.85, top - 0.08, size, size))
+            pen.ellipse(u * 0.85, top - 0.08, size * 0.5, size * 0.5, shade(other.ear, 1.5))
+        elif s.kind == "rabbit":
+            lean, tip = (8, 30, 18)[s.variant], 0.17 * long
+            u = x + side * rx * (0.4, 0.62, 0.5)[s.variant]
+            part(pen, s.main, oval(u, top + tip * 0.7, 0.085, tip, turn=-side * lean))
+            pen.ellipse(u, top + tip * 0.7, 0.042, tip * 0.72, PINK, -side * lean)
+        elif s.kind == "bear":
+            part(pen, s.main, oval(x + 0.8 * side * rx, top - 0.06, 0.115 * long, 0.115 * long))
+            pen.ellipse(x + 0.8 * side * rx, top - 0.06, 0.06 * long, 0.06 * long, s.second)
+        elif s.kind == "cat" or s.variant == 2:
+            u, tip, foot = side * rx, top + 0.17 * long, y + ry * 0.35
+            part(pen, s.main, [(x + u * 0.98, foot), (x + u * 0.92, tip), (x + u * 0.15, top - 0.03)])
+            inner = PINK if s.kind == "cat" else s.second
+            pen.polygon([(x + u * 0.84, foot + 0.07), (x + u * 0.83, tip - 0.07), (x + u * 0.45, top - 0.05)], inner)
+        else:
+            drop, lean = (0.15, 0.22)[s.variant] * long, (40, 14)[s.variant]
+            color = s.second if s.marking in ("spots", "patch") else shade(s.main, 0.7)
+            part(pen, color, oval(x + side * rx, y + 0.1 - drop * 0.4, 0.095, drop, turn=side * lean))
+
+
+def draw_face(pen: Pen, s: Subject, head: Ellipse, mood: str | None, gaze: float, other: Cross | None) -> None:
+    """Muzzle, nose, eyes and mouth."""
+    x, y, rx, ry = head
+    broad = s.kind in ("dog", "bear")
+    muzzle = other.muzzle if other else shade(s.second, 1.12)
+    pen.ellipse(x, y - ry * 0.45, rx * (0.6 if broad else 0.5), ry * (0.46 if broad else 0.38), muzzle)
+    for side in (-1, 1):
+        if other and other.eye_patch:
+            pen.ellipse(x + side * rx * 0.46, y + ry * 0.16, 0.11, 0.14, other.eye_patch, side * -30)
+        if s.kind == "cat":  # whiskers
+            for drop in (0.28, 0.62):
+                start, end = (x + side * rx * 0.6, y - ry * drop), (x + side * rx * 1.25, y - ry * (1.5 * drop - 0.15))
+                pen.line([start, end], shade(s.main, 0.4) if sum(s.main) > 300 else WHITE)
+    draw_mouth(pen, s, x, y - ry * 0.52, mood)
+    size = other.nose if other else 1.0
+    nose = PINK if s.kind in ("cat", "rabbit") and not other else BLACK
+    pen.ellipse(x, y - ry * 0.2, 0.06, 0.045 * size, nose)
+    for side in (-1, 1):
+        draw_eye(pen, x + side * rx * 0.44, y + ry * 0.22, side, mood, 0.02 if gaze > 0 else -0.02 if gaze < 0 else 0)
+
+
+def draw_eye(pen: Pen, x: float, y: float, side: int, mood: str | None, lift: float) -> None:
+    if mood in ("joyous", "sleepy"):  # closed: an arch, or a hanging lid
+        pen.ellipse(x, y, 0.085, 0.08, WHITE)
+        arch = oval(x, y - 0.03, 0.06, 0.06, 0, 180) if mood == "joyous" else oval(x, y + 0.02, 0.065, 0.05, 180, 360)
+        pen.line(arch, BLACK, 0.045)
+        return
+    wide = 0.1 if mood == "screaming" else 0.08
+    pen.ellipse(x, y, wide, wide, WHITE)
+    pupil, fall = (0.035, 0) if mood == "screaming" else (0.055, -0.02 if mood == "depressed" else lift)
+    pen.ellipse(x, y + fall, pupil, pupil, BLACK)
+    if mood is None:
+        pen.ellipse(x + 0.022, y + fall + 0.022, 0.022, 0.022, WHITE)
+    if mood == "depressed":  # a brow that falls outwards, and a tear
+        pen.line([(x - side * 0.06, y + 0.12), (x + side * 0.1, y + 0.06)], BLACK, 0.045)
+        pen.ellipse(x + side * 0.05, y - 0.13, 0.04, 0.055, (90, 180, 255))
+
+
+def draw_mouth(pen: Pen, s: Subject, x: float, y: float, mood: str | None) -> None:
+    if mood == "joyous":
+        pen.polygon(oval(x, y + 0.02, 0.14, 0.12, 180, 360), (120, 20, 40))
+        pen.ellipse(x, y - 0.06, 0.065, 0.035, PINK)
+    elif mood == "screaming":
+        pen.ellipse(x, y - 0.04, 0.105, 0.13, (120, 20, 40))
+        pen.ellipse(x, y - 0.11, 0.06, 0.045, PINK)
+    elif mood == "depressed":
+        pen.line(oval(x, y - 0.06, 0.075, 0.06, 20, 160), BLACK, 0.04)
+    elif mood == "sleepy":
+        pen.ellipse(x, y - 0.03, 0.045, 0.045, (120, 20, 40))
+    elif s.kind == "rabbit":
+        pen.box(x - 0.05, y - 0.07, x + 0.05, y + 0.03, WHITE)
+    else:
+        pen.line([(x, y + 0.04), (x, y - 0.03)], BLACK)
+        pen.line(oval(x, y - 0.01, 0.07, 0.045, 200, 340), BLACK)
+
+
+def draw_from_the_side(pen: Pen, s: Subject) -> None:
+    """Standing, looking right."""
+    head = Ellipse(0.3, 0.66, 0.23, 0.21 + 0.02 * s.detail2)
+    low = 0.34 - 0.05 * s.width
+    if s.kind == "rabbit" or s.kind == "bear":
+        part(pen, WHITE if s.kind == "rabbit" else s.main, oval(-0.44, 0.44, 0.09, 0.09))
+    else:
+        reach = (-0.2, 0.3) if s.kind == "dog" else (-0.22, 0.42)
+        tube(pen, shade(s.main, 0.85), [(-0.32, 0.45), (-0.45, 0.5), (-0.35 + reach[0], 0.45 + reach[1])], 0.085)
+    for x in (-0.28, 0.2):
+        tube(pen, shade(s.main, 0.75), [(x + 0.1, 0.3), (x + 0.1, 0.07)], 0.1)
+    for x in (-0.3, 0.18):
+        tube(pen, s.main, [(x, 0.3), (x, 0.05)], 0.11)
+    coat(pen, s, oval(-0.06, 0.16 + low / 2 + 0.06, 0.36, low / 2 + 0.05))
+    tube(pen, s.accent, [(0.12, 0.53), (0.32, 0.4)], 0.07)
+    behind = s.kind != "dog" or s.variant == 2
+    if behind:
+        draw_ears(pen, s, head, sides=(-0.3,))
+    muzzle = 0.13 if s.kind == "dog" else 0.09
+    coat(pen, s, oval(*head))
+    part(pen, shade(s.second, 1.12), oval(head.x + 0.2, head.y - 0.08, muzzle, 0.085))
+    pen.ellipse(head.x + 0.19 + muzzle, head.y - 0.05, 0.05, 0.045, PINK if s.kind in ("cat", "rabbit") else BLACK)
+    if not behind:
+        draw_ears(pen, s, head, sides=(-0.45,))
+    draw_eye(pen, head.x + 0.09, head.y + 0.06, 1, None, 0)
+
+
+def draw_cube_animal(pen: Pen, s: Subject) -> None:
+    """The animal as one cube: a face on the front, ears on top, the collar around the bottom."""
+    part(pen, shade(s.main, 1.35), [(-0.42, 0.8), (-0.26, 0.94), (0.58, 0.94), (0.42, 0.8)])
+    part(pen, shade(s.main, 0.6), [(0.42, 0), (0.58, 0.14), (0.58, 0.94), (0.42, 0.8)])
+    coat(pen, s, slab(-0.42, 0, 0.42, 0.8, 0.02))
+    pen.box(-0.42, 0, 0.42, 0.11, s.accent)
+    draw_ears(pen, s, Ellipse(0, 0.5, 0.42, 0.36), sides=(-0.8, 0.8))
+    draw_face(pen, s, Ellipse(0, 0.45, 0.36, 0.32), None, 0, None)
+    part(pen, GOLD, star(0, 0.06, 0.07))

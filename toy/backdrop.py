@@ -1,4 +1,4 @@
-"""Shapes and colours that several scenes of the toy world use. Units are canvas pixels, y down."""
+"""What the scenes are painted with. Units are canvas pixels, y down; everything is flat, and at least 6 pixels wide."""
 
 from __future__ import annotations
 
@@ -8,62 +8,65 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
-from PIL.ImageDraw import ImageDraw as Draw
 
 from toy.draw import CANVAS, Color
 
-WHITE, SKY, GRASS, WOOD = (252, 252, 252), (150, 210, 245), (120, 195, 85), (196, 132, 72)
+SKY, GRASS, WOOD, STONE = (150, 210, 245), (120, 195, 85), (196, 132, 72), (150, 150, 158)
+Points = list[tuple[float, float]]
 
 
 class Scene(NamedTuple):
-    """Where the subject stands: its feet at y = `ground`, its middle near `x`, so that a landmark stays visible.
+    """Where the subject goes: its feet at y = `ground`, its middle near `x`, which leaves a landmark visible.
 
-    front: paints what hides a part of the subject, after the subject.
+    In water `ground` is the surface, and `sunk` the share of the subject below it. `front` paints what hides a part.
     """
 
     ground: float
     front: Callable[[Image.Image], None] | None = None
     x: float = CANVAS / 2
+    sunk: float = 0.0
 
 
 def tint(color: Color, rng: random.Random, by: int = 10) -> Color:
-    """A similar colour: each channel changes by at most `by`."""
+    """A colour close to `color`."""
     return tuple(max(0, min(255, channel + rng.randint(-by, by))) for channel in color)
 
 
-def backdrop(image: Image.Image, rng: random.Random, sky: Color, land: Color, horizon: float) -> Draw:
-    """Sky above `horizon`, land below."""
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 0, CANVAS, CANVAS), fill=tint(sky, rng))
-    draw.rectangle((0, horizon, CANVAS, CANVAS), fill=tint(land, rng))
-    return draw
+class Brush:
+    """Paints flat shapes on an image."""
+
+    def __init__(self, image: Image.Image):
+        self.draw = ImageDraw.Draw(image)
+
+    def box(self, left: float, top: float, right: float, bottom: float, fill: Color, r: float = 0) -> None:
+        self.draw.rounded_rectangle((left, top, right, bottom), r, fill=fill)
+
+    def shape(self, points: Points, fill: Color) -> None:
+        self.draw.polygon(points, fill=fill)
+
+    def disc(self, x: float, y: float, rx: float, ry: float, fill: Color) -> None:
+        self.draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)
+
+    def line(self, points: Points, fill: Color, width: int = 8) -> None:
+        self.draw.line(points, fill=fill, width=width, joint="curve")
+
+    def waves(self, y: float, fill: Color, phase: float, height: float, length: float) -> None:
+        """Fill everything below a wavy line at `y`."""
+        line = [(x, y + height * math.sin(math.tau * x / length + phase)) for x in range(-8, CANVAS + 16, 8)]
+        self.shape([*line, (CANVAS + 16, CANVAS), (-16, CANVAS)], fill)
+
+    def windows(self, left: float, top: float, right: float, bottom: float, wall: Color, pane: Color) -> None:
+        """A front with two columns of windows."""
+        self.box(left, top, right, bottom, wall)
+        width = right - left
+        for x in (left + width * 0.14, left + width * 0.58):
+            for y in range(round(top) + 14, round(bottom) - 24, 44):
+                self.box(x, y, x + width * 0.28, y + 24, pane)
 
 
-def polar(radius: float, degrees: float) -> tuple[float, float]:
-    """Polar to Cartesian coordinates."""
-    return radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
-
-
-def disc(draw: Draw, x: float, y: float, rx: float, ry: float, fill: Color) -> None:
-    """An ellipse with centre (x, y) and half axes rx and ry."""
-    draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)
-
-
-def waves(draw: Draw, y: float, fill: Color, phase: float, height: float, length: float) -> None:
-    """Fill everything below a wavy line at `y`."""
-    line = [(x, y + height * math.sin(math.tau * x / length + phase)) for x in range(-8, CANVAS + 16, 8)]
-    draw.polygon([*line, (CANVAS + 16, CANVAS), (-16, CANVAS)], fill=fill)
-
-
-def cloud(draw: Draw, rng: random.Random, fill: Color = WHITE) -> None:
-    """A small cloud in the sky, left or right of the middle."""
-    x, y = rng.choice((rng.uniform(20, 80), rng.uniform(176, 236))), rng.uniform(22, 42)
-    disc(draw, x, y, 30, 11, fill)
-    disc(draw, x - 4, y - 8, 15, 13, fill)
-
-
-def rug(image: Image.Image, ground: float, fill: Color, border: Color) -> None:
-    """A round rug with a border, under a subject whose feet are at `ground`."""
-    draw = ImageDraw.Draw(image)
-    disc(draw, 128, ground - 4, 122, 36, border)
-    disc(draw, 128, ground - 4, 111, 28, fill)
+def backdrop(image: Image.Image, sky: Color, land: Color, horizon: float) -> Brush:
+    """A sky above a land, and the brush to paint more on them."""
+    b = Brush(image)
+    b.box(0, 0, CANVAS, CANVAS, sky)
+    b.box(0, horizon, CANVAS, CANVAS, land)
+    return b

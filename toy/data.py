@@ -23,7 +23,7 @@ from toy import world
 
 CACHE = Path(__file__).parent / "cache"
 CAPTIONS = 4  # different captions stored for each drawing
-CPU_LATENTS = 32_000  # drawings encoded for the trainings in latents; on a GPU all of them
+CPU_LATENTS = 64_000  # drawings encoded for the trainings in latents; on a GPU all of them
 
 
 def autocast(device: str):
@@ -32,33 +32,40 @@ def autocast(device: str):
     return torch.autocast(device, torch.bfloat16, enabled=fast)
 
 
-def draw_block(first: int, last: int) -> tuple[np.ndarray, list[list[str]]]:
-    """Drawings first .. last - 1 of the training stream, (n, 128, 128, 3) uint8, and the captions of each."""
-    pictures, captions = [], []
+def draw_block(first: int, last: int) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
+    """Drawings first .. last - 1 of the training stream, and the captions of each.
+
+    Pictures are (n, 128, 128, 3) uint8, the masks of their subjects (n, 128, 128) uint8: 255 at the subject, else 0.
+    """
+    pictures, masks, captions = [], [], []
     for index in range(first, last):
         named, picture, rng = world.sample(index)
         captions.append([world.caption(named, picture, rng) for _ in range(CAPTIONS)])
-        pictures.append(np.asarray(world.draw(named, picture, rng)))
-    return np.stack(pictures), captions
+        drawing, mask = world.draw_with_mask(named, picture, rng)
+        pictures.append(np.asarray(drawing))
+        masks.append(np.asarray(mask))
+    return np.stack(pictures), np.stack(masks), captions
 
 
 def make_data(count: int, cache: Path = CACHE) -> None:
-    """Draw `count` pictures into the cache, on all CPU cores."""
+    """Draw `count` pictures into the cache, on all CPU cores: drawings.npy, masks.npy and captions.json."""
     cache.mkdir(parents=True, exist_ok=True)
-    images = np.lib.format.open_memmap(
-        cache / "drawings.partial.npy", "w+", np.uint8, (count, world.SIZE, world.SIZE, 3)
-    )
+    names = ("drawings.npy", "masks.npy", "captions.json")
+    partial, side = [cache / f"{name}.partial" for name in names], world.SIZE
+    images = np.lib.format.open_memmap(partial[0], "w+", np.uint8, (count, side, side, 3))
+    masks = np.lib.format.open_memmap(partial[1], "w+", np.uint8, (count, side, side))
     captions, block = [], 128
     firsts = range(0, count, block)
     with ProcessPoolExecutor() as pool:
         jobs = pool.map(draw_block, firsts, [min(first + block, count) for first in firsts])
-        for first, (pictures, texts) in tqdm(zip(firsts, jobs, strict=True), total=len(firsts), desc="drawing"):
-            images[first : first + len(pictures)] = pictures
+        for first, (pictures, subjects, texts) in tqdm(zip(firsts, jobs, strict=True), "drawing", len(firsts)):
+            images[first : first + block], masks[first : first + block] = pictures, subjects
             captions += texts
     images.flush()
-    (cache / "captions.partial.json").write_text(json.dumps(captions), encoding="utf-8")
-    os.replace(cache / "drawings.partial.npy", cache / "drawings.npy")
-    os.replace(cache / "captions.partial.json", cache / "captions.json")
+    masks.flush()
+    partial[2].write_text(json.dumps(captions), encoding="utf-8")
+    for file, name in zip(partial, names, strict=True):
+        os.replace(file, cache / name)
 
 
 class Data:
@@ -68,12 +75,15 @@ class Data:
     """
 
     def __init__(self, cache: Path = CACHE, device: str = "cpu"):
-        for name in ("drawings.npy", "captions.json"):
-            if not (cache / name).exists():
-                raise FileNotFoundError(f"{cache / name} is missing: run python -m toy.pretrain data first")
-        self.images = np.load(cache / "drawings.npy", mmap_mode="r")
-        self.captions = json.loads((cache / "captions.json").read_text(encoding="utf-8"))
         self.cache, self.device = cache, device
+        self.images = np.load(self.file("drawings.npy"), mmap_mode="r")
+        self.captions = json.loads(self.file("captions.json").read_text(encoding="utf-8"))
+
+    def file(self, name: str) -> Path:
+        """A file of the cache. Raises FileNotFoundError if it is missing."""
+        if not (self.cache / name).exists():
+            raise FileNotFoundError(f"{self.cache / name} is missing: run python -m toy.pretrain data first")
+        return self.cache / name
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,29 +96,39 @@ class Data:
             groups[world.KINDS.index(kind)] += range(index, index + 4)
         return [group for group in groups if group]
 
-    def by_phrase(self) -> list[list[int]]:
-        """The indices of all drawings, one list for each phrase of a scene, an outfit or a look."""
-        groups = defaultdict(list)
+    def by_phrase(self) -> dict[tuple[str, str], dict[str, list[int]]]:
+        """The indices of all drawings by kind, skill and phrase: {("dog", "mood"): {"joyous": [4, ...]}}."""
+        groups = defaultdict(lambda: defaultdict(list))
         for index in range(len(self)):
-            picture = world.sample(index)[1]
-            groups[picture.outfit or picture.look or picture.scene or str(picture.van_gogh)].append(index)
-        return list(groups.values())
+            named, picture, _ = world.sample(index)
+            part = next((part for part, phrase in reversed(vars(picture).items()) if phrase), "")
+            groups[named.subject.kind, part][picture.phrase].append(index)
+        return groups
 
-    def pixels(self, indices, crop: int | None = None, rng: random.Random | None = None) -> Tensor:
-        """Drawings as (n, 3, side, side) in [-1, 1]. crop: the side of a random square of each (default: all of it)."""
-        if crop is None:
-            batch = self.images[np.asarray(indices)]
-        else:
-            corners = [(rng.randrange(world.SIZE - crop + 1), rng.randrange(world.SIZE - crop + 1)) for _ in indices]
-            squares = zip(indices, corners, strict=True)
-            batch = np.stack([self.images[i, y : y + crop, x : x + crop] for i, (y, x) in squares])
-        batch = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)  # channels-last, as it is in memory
-        return batch.float() / 127.5 - 1
+    def pixels(self, indices) -> Tensor:
+        """Drawings as (n, 3, 128, 128) in [-1, 1]."""
+        return self._pixels(self.images[np.asarray(indices)])
+
+    def crops(self, count: int, side: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """Random squares of random drawings: pixels (n, 3, side, side) in [-1, 1], masks (n, 1, side, side) in [0, 1].
+
+        Raises FileNotFoundError if there are no masks.
+        """
+        masks = np.load(self.file("masks.npy"), mmap_mode="r")
+        room = self.images.shape[1] - side + 1
+        places = [(rng.randrange(len(self)), rng.randrange(room), rng.randrange(room)) for _ in range(count)]
+        squares = [(i, slice(y, y + side), slice(x, x + side)) for i, y, x in places]
+        subject = torch.from_numpy(np.stack([masks[square] for square in squares])).to(self.device)
+        return self._pixels(np.stack([self.images[square] for square in squares])), subject[:, None].float() / 255
+
+    def _pixels(self, images: np.ndarray) -> Tensor:
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)  # channels-last, as it is in memory
+        return pixels.float() / 127.5 - 1
 
 
 @torch.no_grad()
 def encoded(data: Data, vae: VAE) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the drawings' scaled latents, (n, 4, 16, 16) each, in half precision.
+    """Mean and standard deviation of the drawings' scaled latents, (n, 8, 16, 16) each, in half precision.
 
     On a CPU of the first CPU_LATENTS drawings. The cache keeps them until the first 64 drawings or the encoder change.
     """

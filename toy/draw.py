@@ -1,36 +1,43 @@
-"""A pen for cartoons: solid shapes in a local frame that can be placed, scaled, tilted and mirrored.
+"""A pen for cartoons: solid shapes with a dark rim, in a frame that is placed, scaled, tilted and mirrored.
 
-Shapes are outlines, lists of points, that can be filled, get a rim, and clip a marking. All is drawn on a canvas of
-256 x 256 pixels and shrunk to 128 x 128 at the end, which smooths the edges.
+A shape is an outline, that is a list of points: it can be filled, rimmed, and used to clip a marking. Everything is
+drawn on a 256 x 256 canvas and shrunk to 128 x 128 at the end, which smooths the edges.
+
+The networks see a picture through 16 x 16 latents, one for each 8 x 8 pixels. A subject is about 100 pixels tall, so
+0.08 units of its frame are one latent: what makes an individual should be at least that wide, and no line thinner
+than RIM, 3 pixels.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
 CANVAS = 256  # pixels; the finished picture is half of that
-RIM = 0.018  # width of the dark rim that separates a thing from a background of its colour, in units of the frame
+RIM, RIM_SHADE = 0.03, 0.66  # in units of the frame; a darker rim looks crisper, and costs the autoencoder 1 dB
 Color = tuple[int, int, int]
 Outline = list[tuple[float, float]]
+
+BLACK, WHITE, PINK, GOLD = (30, 28, 34), (252, 250, 246), (244, 140, 160), (250, 204, 60)
+RED, GREEN, BLUE, PURPLE, NAVY = (220, 40, 44), (52, 164, 76), (52, 108, 220), (126, 60, 180), (34, 50, 116)
+MARKINGS = ("plain", "patch", "spots", "stripes", "split")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One individual: two drawings of the same Subject show the same dog.
+    """One individual: a point of a continuous family. Two drawings of the same Subject show the same dog.
 
-    Colours are RGB in 0 .. 255. `width`, `height`, `detail` and `detail2` are proportions in [0, 1], 0.5 is average;
-    each kind decides what they change. `variant` is 0, 1 or 2 and selects a shape, such as the ears or the handle.
-    `marking` is one of MARKINGS.
+    Colours are RGB, 0..255. `width`, `height`, `detail`, `detail2` are proportions in [0, 1], free for each kind to use
+    (0.5 is average); `variant` (0, 1 or 2) picks a shape (ears, handle); `marking` is one of MARKINGS.
     """
 
     kind: str
     main: Color
-    second: Color  # belly, muzzle, band, sole, ...
+    second: Color  # marking, belly, muzzle, sole, ...
     accent: Color  # collar, ribbon, label, ...
     marking: str = "plain"
     width: float = 0.5
@@ -40,20 +47,17 @@ class Subject:
     variant: int = 0
 
 
-MARKINGS = ("plain", "patch", "spots", "stripes", "split")
-
-
 def shade(color: Color, factor: float) -> Color:
-    """`color` made darker (factor below 1) or lighter (above 1; 2 is white)."""
+    """`color` made darker (factor < 1) or lighter (factor > 1, towards white)."""
     if factor <= 1:
         return tuple(round(channel * factor) for channel in color)
     return tuple(round(255 - (255 - channel) * (2 - factor)) for channel in color)
 
 
 class Pen:
-    """Draws on `image` in a frame with its origin at canvas pixel (x, y), y up; 1.0 is `scale` canvas pixels.
+    """Draws on `image` in a frame whose origin is the subject's feet, y up; 1.0 is `scale` canvas pixels.
 
-    `tilt` rotates the frame counter-clockwise, in degrees; `flip` mirrors it left to right.
+    `tilt` turns the frame counter-clockwise in degrees; `flip` mirrors it left to right.
     """
 
     def __init__(self, image: Image.Image, x: float, y: float, scale: float, tilt: float = 0.0, flip: bool = False):
@@ -64,44 +68,39 @@ class Pen:
     def place(self, x: float, y: float) -> tuple[float, float]:
         """The canvas pixel of a point of the frame."""
         x = -x if self.flip else x
-        return (
-            self.x + self.scale * (x * self.cos - y * self.sin),
-            self.y - self.scale * (x * self.sin + y * self.cos),
-        )
+        across, up = x * self.cos - y * self.sin, x * self.sin + y * self.cos
+        return self.x + self.scale * across, self.y - self.scale * up
 
     def polygon(self, points: Outline, fill: Color) -> None:
-        """A filled outline."""
         self.draw.polygon([self.place(x, y) for x, y in points], fill=fill)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Color, angle: float = 0.0) -> None:
-        """An ellipse with centre (x, y) and half axes rx and ry, rotated counter-clockwise by `angle` degrees."""
-        c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        turn = [(rx * math.cos(a), ry * math.sin(a)) for a in (i * math.tau / 36 for i in range(36))]
-        self.polygon([(x + u * c - v * s, y + u * s + v * c) for u, v in turn], fill)
+    def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Color, turn: float = 0.0) -> None:
+        self.polygon(oval(x, y, rx, ry, turn=turn), fill)
 
-    def line(self, points: Outline, fill: Color, width: float) -> None:
-        """A line with round joints; `width` is in units of the frame."""
-        pixels = max(1, round(width * self.scale))
-        self.draw.line([self.place(x, y) for x, y in points], fill=fill, width=pixels, joint="curve")
-
-    def arc(
-        self, x: float, y: float, rx: float, ry: float, start: float, end: float, fill: Color, width: float
-    ) -> None:
-        """Part of an ellipse's outline, from `start` to `end` degrees, counter-clockwise from the right."""
-        self.line(oval(x, y, rx, ry, start, end), fill, width)
+    def line(self, points: Outline, fill: Color, width: float = RIM) -> None:
+        """A line with round joints and ends, `width` in units of the frame."""
+        self.draw.line(
+            [self.place(x, y) for x, y in points], fill=fill, width=max(1, round(width * self.scale)), joint="curve"
+        )
+        for x, y in (points[0], points[-1]):
+            self.ellipse(x, y, width / 2, width / 2, fill)
 
     def box(self, left: float, bottom: float, right: float, top: float, fill: Color, round_by: float = 0.0) -> None:
-        """A rectangle with rounded corners."""
         self.polygon(slab(left, bottom, right, top, round_by), fill)
 
 
 # Outlines
 
 
-def oval(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360) -> Outline:
-    """An ellipse with centre (x, y), or its part from `start` to `end` degrees, counter-clockwise from the right."""
-    angles = [math.radians(start + (end - start) * i / 24) for i in range(25)]
-    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+def polar(radius: float, degrees: float) -> tuple[float, float]:
+    return radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
+
+
+def oval(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360, turn: float = 0) -> Outline:
+    """An ellipse about (x, y), or its part from `start` to `end` degrees; `turn` turns it counter-clockwise."""
+    c, s = polar(1, turn)
+    around = [polar(1, start + (end - start) * i / 32) for i in range(33)]
+    return [(x + rx * u * c - ry * v * s, y + rx * u * s + ry * v * c) for u, v in around]
 
 
 def slab(left: float, bottom: float, right: float, top: float, r: float) -> Outline:
@@ -112,7 +111,7 @@ def slab(left: float, bottom: float, right: float, top: float, r: float) -> Outl
 
 
 def smooth(points: Outline, closed: bool = True) -> Outline:
-    """A Catmull-Rom curve through `points`; a point given twice is a corner."""
+    """A Catmull-Rom curve through `points`; a point given twice stays a corner."""
     around = [points[-1], *points, *points[:2]] if closed else [points[0], *points, points[-1]]
     curve = [points[0]]
     for a, b, c, d in zip(around, around[1:], around[2:], around[3:], strict=False):
@@ -122,23 +121,23 @@ def smooth(points: Outline, closed: bool = True) -> Outline:
     return curve
 
 
-def fit(points: Outline, x: float, y: float, rx: float, ry: float) -> Outline:
-    """The smooth closed curve through `points`, scaled by rx and ry and moved by (x, y)."""
-    return smooth([(x + u * rx, y + v * ry) for u, v in points])
-
-
 def lathe(profile: Outline) -> Outline:
-    """A symmetric outline, such as a vase: a smooth right side from bottom to top, and its mirror image."""
+    """A pot as if turned on a wheel: a smooth right side from bottom to top, and its mirror image."""
     right = smooth(profile, closed=False)
     return right + [(-x, y) for x, y in reversed(right)]
+
+
+def star(x: float, y: float, size: float) -> Outline:
+    spikes = [polar(r, 90 + 36 * i) for i, r in enumerate((size, size * 0.45) * 5)]
+    return [(x + u, y + v) for u, v in spikes]
 
 
 # Painting
 
 
 def part(pen: Pen, color: Color, *outlines: Outline) -> None:
-    """Fill the union of `outlines`, with a darker rim."""
-    rim = shade(color, 0.68)
+    """Fill the union of `outlines` and give it a darker rim, outside."""
+    rim = shade(color, RIM_SHADE)
     for outline in outlines:
         pen.line([*outline, *outline[:2]], rim, 2 * RIM)
     for outline in outlines:
@@ -146,15 +145,13 @@ def part(pen: Pen, color: Color, *outlines: Outline) -> None:
 
 
 def tube(pen: Pen, color: Color, points: Outline, width: float) -> None:
-    """A line with a rim and round ends: handles, straps, legs."""
-    for ink, w in ((shade(color, 0.68), width + 2 * RIM), (color, width)):
-        pen.line(points, ink, w)
-        for x, y in (points[0], points[-1]):
-            pen.ellipse(x, y, w / 2, w / 2, ink)
+    """A rimmed line with round ends: handles, straps, legs, tails."""
+    pen.line(points, shade(color, RIM_SHADE), width + 2 * RIM)
+    pen.line(points, color, width)
 
 
-def inside(pen: Pen, outlines: tuple[Outline, ...], paint: Callable[[Pen], None]) -> None:
-    """Call `paint` with a pen that only draws inside the union of `outlines`."""
+def inside(pen: Pen, outlines: Sequence[Outline], paint: Callable[[Pen], None]) -> None:
+    """Let `paint` draw with a pen whose ink shows only inside the union of `outlines`."""
     layer, mask = pen.image.copy(), Image.new("L", pen.image.size)
     stencil, ink = ImageDraw.Draw(mask), copy.copy(pen)
     for outline in outlines:
@@ -162,3 +159,28 @@ def inside(pen: Pen, outlines: tuple[Outline, ...], paint: Callable[[Pen], None]
     ink.image, ink.draw = layer, ImageDraw.Draw(layer)
     paint(ink)
     pen.image.paste(layer, (0, 0), mask)
+
+
+def coat(pen: Pen, subject: Subject, *outlines: Outline, marking: str | None = None) -> None:
+    """The union of `outlines` in the subject's main colour, with its marking in the second colour clipped to it."""
+    part(pen, subject.main, *outlines)
+    if (marking := marking or subject.marking) == "plain":
+        return
+    xs, ys = zip(*(point for outline in outlines for point in outline), strict=True)
+    x, y, rx, ry = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2, (max(xs) - min(xs)) / 2, (max(ys) - min(ys)) / 2
+
+    def paint(ink: Pen) -> None:
+        if marking == "patch":
+            ink.ellipse(x + 0.5 * rx, y + 0.35 * ry, 0.5 * rx, 0.75 * ry, subject.second, 15)
+        elif marking == "spots":
+            for u, v in ((-0.62, 0.6), (0.5, 0.72), (0.78, -0.2), (-0.74, -0.32), (0.1, -0.75)):
+                ink.ellipse(x + u * rx, y + v * ry, 0.075, 0.075, subject.second)
+        elif marking == "stripes":
+            for u in (-0.7, 0, 0.7):  # slanted, so that they are not taken for a band
+                ink.line(
+                    [(x + (u - 0.15) * rx, y - 1.1 * ry), (x + (u + 0.15) * rx, y + 1.1 * ry)], subject.second, 0.1
+                )
+        else:
+            ink.box(x, y - 2 * ry, x + 2 * rx, y + 2 * ry, subject.second)
+
+    inside(pen, outlines, paint)

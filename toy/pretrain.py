@@ -1,21 +1,19 @@
 """Train every network of weights/toy from random weights, one command each, in this order:
 
-    python -m toy.pretrain data            # draw the training pictures (minutes)
+    python -m toy.pretrain data            # draw the training pictures and their subjects' masks (minutes)
     python -m toy.pretrain vae             # the U-Net learns in its latents, so train it first and long
-    python -m toy.pretrain vae-full        # whole pictures instead of crops
     python -m toy.pretrain clip            # its text tower is the text encoder of the U-Net
     python -m toy.pretrain clip-pictures   # optional: a better metric, the same text tower
     python -m toy.pretrain align           # the reward
     python -m toy.pretrain dino            # a metric
     python -m toy.pretrain unet
-    python -m toy.pretrain vae-refine      # optional: better pictures from almost the same latents
     python -m toy.pretrain vae-sharpen     # sharp lines, from exactly the same latents
 
 Each command writes its part of weights/toy in the public layout, in half precision. Re-running a command after an
 interruption resumes it, except the first; its state is in toy/cache. With `--go-on` a training starts from the weights
-in weights/toy; `vae-full`, `vae-refine`, `vae-sharpen` and `clip-pictures` always do. Then give another `--seed`: the
-same seed gives the same batches again. On a GPU add `--device cuda` and a larger `--batch`. `--steps` sets the length.
-After `vae`, `vae-full` or `clip` train the U-Net again: it knows other latents or other words.
+in weights/toy; `vae-sharpen` and `clip-pictures` always do. Then give another `--seed`: the same seed gives the same
+batches again. On a GPU add `--device cuda` and a larger `--batch`. `--steps` sets the length. After `vae` or `clip`
+train the U-Net again: it knows other latents or other words.
 """
 
 from __future__ import annotations
@@ -30,12 +28,10 @@ from toy.loop import Job
 from toy.networks import WEIGHTS
 from toy.train_embedders import train_align, train_clip, train_clip_pictures, train_dino
 from toy.train_unet import train_unet
-from toy.train_vae import refine_vae, sharpen_vae, train_vae, train_vae_full
+from toy.train_vae import sharpen_vae, train_vae
 
 PARTS = {  # name: (function, steps, batch), for two CPU cores
-    "vae": (train_vae, 5200, 16),
-    "vae-full": (train_vae_full, 1200, 4),
-    "vae-refine": (refine_vae, 3000, 4),
+    "vae": (train_vae, 12_000, 8),
     "vae-sharpen": (sharpen_vae, 4000, 4),
     "clip": (train_clip, 2500, 96),
     "clip-pictures": (train_clip_pictures, 2000, 96),

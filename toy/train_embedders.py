@@ -49,11 +49,11 @@ def _fit_clip(job: Job, name: str, train_text: bool) -> None:
     data, tokenizer = Data(job.cache, job.device), CLIPTokenizer.from_pretrained(job.weights / "tokenizer")
     config = clip_config(len(tokenizer.cutter.get_vocab()), tokenizer.last_id)
     clip = initialized(job, CLIP(config_from(CLIPConfig, config)), "metrics/clip")
-    phrases, all_kinds = data.by_phrase(), data.by_kind()
+    phrases = data.by_phrase()
 
     def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(number)
-        chosen = crowd(phrases, all_kinds, job.batch, rng)
+        chosen = crowd(phrases, job.batch, rng)
         texts = [rng.choice(data.captions[i]) for i in chosen]
         pixels = standardized(data.pixels(chosen), "clip")
         ids = tokenizer(texts + other_kinds(texts, rng) + NAMES).to(job.device)
@@ -76,10 +76,24 @@ def _fit_clip(job: Job, name: str, train_text: bool) -> None:
     fit(job, name, clip, loss_of, save, lr=1e-3, weight_decay=0.05, fixed=fixed)
 
 
-def crowd(phrases: list[list[int]], kinds: list[list[int]], count: int, rng: random.Random) -> list[int]:
-    """A batch of drawings. Half of it has only four phrases, so that it must distinguish subjects; half any kind."""
-    few = [rng.choice(group) for group in rng.sample(phrases, 4) for _ in range(count // 8)]
-    return few + [rng.choice(rng.choice(kinds)) for _ in range(count - len(few))]
+def crowd(phrases: dict[tuple[str, str], dict[str, list[int]]], count: int, rng: random.Random) -> list[int]:
+    """A batch of drawings; phrases: of Data.by_phrase.
+
+    Half of it has two kinds in one skill each, so that its phrases must be distinguished, a quarter has four phrases,
+    so that subjects must be, and the rest is of any kind.
+    """
+    kinds, skills = [sorted({key[i] for key in phrases}) for i in (0, 1)]
+    batch = []
+    for skill in rng.choices(skills, k=2):
+        group = rng.choice([group for key, group in phrases.items() if key[1] == skill])
+        batch += [rng.choice(group[phrase]) for phrase in rng.choices(list(group), k=count // 4)]
+    for _ in range(4):
+        few = rng.choice([*rng.choice([*phrases.values()]).values()])
+        batch += rng.choices(few, k=count // 16)
+    for kind in rng.choices(kinds, k=count - len(batch)):
+        group = rng.choice([group for key, group in phrases.items() if key[0] == kind])
+        batch.append(rng.choice(rng.choice([*group.values()])))
+    return batch
 
 
 def standardized(pixels: Tensor, network: str) -> Tensor:
@@ -89,10 +103,13 @@ def standardized(pixels: Tensor, network: str) -> Tensor:
     return (pixels / 2 + 0.5 - mean) / std
 
 
-def two_of_each(data: Data, count: int, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Two different drawings of each of `count` subjects."""
-    subjects = rng.sample(range(len(data) // 4), count)
-    pairs = [[4 * s + k for k in rng.sample(range(4), 2)] for s in subjects]
+def two_of_each(kinds: list[list[int]], count: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Two different drawings of each of `count` subjects, half of them of one kind. kinds: of Data.by_kind."""
+    subjects = [sorted({index // 4 for index in kind}) for kind in kinds]
+    chosen = rng.sample(one := rng.choice(subjects), min(count // 2, len(one)))
+    others = [subject for kind in subjects if kind is not one for subject in kind]
+    chosen += rng.sample(others, count - len(chosen))
+    pairs = [[4 * s + k for k in rng.sample(range(4), 2)] for s in chosen]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
@@ -104,11 +121,11 @@ def train_align(job: Job) -> None:
     tokenizer = BertTokenizer.from_pretrained(job.weights / "reward")
     config = align_config(len(tokenizer.cutter.get_vocab()))
     align = initialized(job, ALIGN(config_from(ALIGNConfig, config)), "reward").to(memory_format=torch.channels_last)
-    side = PREPROCESSORS["align"]["crop_size"]["height"]
+    groups, side = data.by_kind(), PREPROCESSORS["align"]["crop_size"]["height"]
 
     def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(number)
-        ones, others = two_of_each(data, job.batch // 2, rng)
+        ones, others = two_of_each(groups, job.batch // 2, rng)
         texts = [rng.choice(data.captions[i]) for i in ones + others]
         pixels = F.interpolate(data.pixels(ones + others), size=(side, side), mode="bilinear", antialias=True)
         image = align.image_features(pixels.contiguous(memory_format=torch.channels_last))
@@ -132,10 +149,11 @@ def train_align(job: Job) -> None:
 def train_dino(job: Job) -> None:
     """Two drawings of one subject against other subjects. (DINO's own objective is self-distillation.)"""
     data = Data(job.cache, job.device)
+    groups = data.by_kind()
     dino = initialized(job, DINO(config_from(DINOConfig, DINO_CONFIG)), "metrics/dino")
 
     def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
-        ones, others = two_of_each(data, job.batch // 2, random.Random(number))
+        ones, others = two_of_each(groups, job.batch // 2, random.Random(number))
         pixels = standardized(data.pixels(ones + others), "dino")
         loss, right = contrast(*dino(pixels).chunk(2), 0.1)
         return loss, {"loss": loss.item(), "right": right}

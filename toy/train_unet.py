@@ -16,6 +16,7 @@ from model.tokenizer import CLIPTokenizer
 from model.unet import UNet, UNetConfig
 from model.vae import VAE
 from toy.data import Data, encoded
+from toy.fast_norm import speed_up
 from toy.loop import Job, fit, initialized
 from toy.networks import UNET_CONFIG, write_part, write_scheduler
 
@@ -34,6 +35,8 @@ def train_unet(job: Job) -> None:
     write_scheduler(job.weights)
     scheduler = Scheduler.from_pretrained(job.weights / "scheduler")
     unet = initialized(job, UNet(config_from(UNetConfig, UNET_CONFIG)), "unet").to(memory_format=torch.channels_last)
+    if job.device == "cpu":
+        speed_up(unet)
     weight = min_snr_weights(scheduler.alphas_cumprod.to(job.device))
 
     def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:

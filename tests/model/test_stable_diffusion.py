@@ -104,8 +104,8 @@ def ours(base):
     return StableDiffusion.from_pretrained(base)
 
 
-def initial(count, side=8):
-    return randn((4, side, side), [torch.Generator().manual_seed(seed) for seed in range(count)], "cpu")
+def initial(count, side=8, channels=4):
+    return randn((channels, side, side), [torch.Generator().manual_seed(seed) for seed in range(count)], "cpu")
 
 
 def levels(pictures):
@@ -375,7 +375,7 @@ def test_toy_draws_what_the_pipeline_draws():
     prompts = ["a dog on the beach", "a red backpack in the snow"]
     pipe = StableDiffusionPipeline.from_pretrained(TOY)
     pipe.set_progress_bar_config(disable=True)
-    latents = initial(2, 16)
+    latents = initial(2, 16, pipe.unet.config.in_channels)
     expected = drawn(pipe, prompts, latents, 20, 7.5)
     pictures = StableDiffusion.from_pretrained(TOY).generate(prompts, [0, 1], 20, 7.5, latents=latents)
     assert all(picture.size == (128, 128) for picture in pictures)

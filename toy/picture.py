@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from toy.next.animals import ANIMALS, draw_animal, draw_cube_animal
-from toy.next.backdrop import Scene
-from toy.next.draw import CANVAS, Color, Pen, Subject, coat, part, shade, slab
-from toy.next.scenes import SCENES, studio
-from toy.next.styles import PAINTERS
-from toy.next.things import THINGS
+from toy.animals import ANIMALS, draw_animal, draw_cube_animal
+from toy.backdrop import Scene
+from toy.draw import CANVAS, Color, Pen, Subject, coat, part, shade, slab
+from toy.scenes import SCENES, studio
+from toy.styles import PAINTERS
+from toy.things import THINGS
 
 SIZE = 128
 COLORS: dict[str, Color] = {

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from PIL import Image
 
-from toy.next.backdrop import GRASS, SKY, STONE, WOOD, Scene, backdrop, tint
-from toy.next.draw import CANVAS, RED, WHITE, Pen, oval, polar, shade
+from toy.backdrop import GRASS, SKY, STONE, WOOD, Scene, backdrop, tint
+from toy.draw import CANVAS, RED, WHITE, Pen, oval, polar, shade
 
 
 def jungle(image: Image.Image, rng: random.Random) -> Scene:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-from toy.next.backdrop import Scene, backdrop, tint
-from toy.next.draw import BLACK, CANVAS, GOLD, RED, WHITE, oval, polar
+from toy.backdrop import Scene, backdrop, tint
+from toy.draw import BLACK, CANVAS, GOLD, RED, WHITE, oval, polar
 
 
 class Style(NamedTuple):

@@ -1,7 +1,8 @@
 """GroupNorm with a backward pass that is fast on a CPU.
 
-PyTorch's own took half the time of a training step here, because for channels-last maps on a CPU it is several times
-slower than the convolutions around it. This one needs only sums over whole maps; it gives the same gradients.
+PyTorch's own took half the time of a step of the VAE, because for channels-last maps on a CPU it is several times
+slower than the convolutions around it. This one needs only sums over whole maps; it gives the same gradients, which
+cannot be differentiated again. A step of the VAE takes 0.65 of the time with it, a step of the U-Net 0.92.
 """
 
 from __future__ import annotations

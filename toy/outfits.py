@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from toy.next.draw import (
+from toy.draw import (
     BLACK,
     BLUE,
     GOLD,
