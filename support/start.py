@@ -82,7 +82,7 @@ def prepared(args: argparse.Namespace, method: type) -> Iterator[Run]:
     with lock(args.ckpt):
         prompts = "prompts of living subjects" if subject.live else "prompts of things"
         prompts += " (for a person or an animal: --live)" if args.live is None and not subject.live else ""
-        prompts = f"{len(args.training_prompts)} prompts of --training-prompts" if args.training_prompts else prompts
+        prompts = f"prompts of --training-prompts: {len(args.training_prompts)}" if args.training_prompts else prompts
         print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, {prompts}")
         args.settings = resolve(method.Settings, args, *recommended(args.base))
         if args.lora_rank and (also := args.settings.also_trained):  # no file format holds both

@@ -19,7 +19,7 @@ def prompts_of(folder):
 def test_negatives_and_validations_are_of_these_prompts(run, done, tmp_path, capsys):
     (tmp_path / "own.txt").write_text(OWN, encoding="utf-8")
     assert run("--training-prompts", "own.txt", "--steps", 1) == 0
-    assert "3 prompts of --training-prompts" in capsys.readouterr().out
+    assert "prompts of --training-prompts: 3" in capsys.readouterr().out
     assert [prompts for _, prompts, _ in RPO.last.drawn] == [[text for text in FILLED for _ in range(2)]] * 3
     assert len(RPO.last.record.strip[0][2]) == 3 and prompts_of(tmp_path) == FILLED
     papers = prompts_of(done[0])

@@ -1,4 +1,4 @@
-"""The scenes of the toy world with a horizon: nature, streets and landmarks. toy/next/scenes.py lists them."""
+"""The scenes of the toy world with a horizon: nature, streets and landmarks. toy/scenes.py lists them."""
 
 from __future__ import annotations
 
