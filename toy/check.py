@@ -57,11 +57,6 @@ def prompts_of(kind: str) -> dict[str, world.Picture]:
     return {t.replace("{V} ", "").format(noun=kind): p for t, p in known.items() if p.cross != kind}
 
 
-def skill(picture: world.Picture) -> str:
-    """The part of a prompt's picture that is asked for, such as mood."""
-    return next(part for part, phrase in vars(picture).items() if phrase)
-
-
 def balanced_prompts(count: int, rng: random.Random) -> list[tuple[str, str]]:
     """`count` pairs of a kind and one of its prompts: all kinds and skills in turn, living kinds twice as often."""
     kinds = [kind for kind in world.KINDS for _ in range(2 if world.is_live(kind) else 1)]
@@ -69,7 +64,7 @@ def balanced_prompts(count: int, rng: random.Random) -> list[tuple[str, str]]:
     for i in range(count):
         kind, by_skill = kinds[i % len(kinds)], defaultdict(list)
         for prompt, picture in prompts_of(kind).items():
-            by_skill[skill(picture)].append(prompt)
+            by_skill[picture.part].append(prompt)
         pairs.append((kind, rng.choice([*by_skill.values()][i // len(kinds) % len(by_skill)])))
     return pairs
 
@@ -141,7 +136,7 @@ def zero_shot(name: str, asked: list[tuple[str, str]], seen: list[tuple[str, str
     of_kinds = shares([kind for kind, _ in asked], verdicts[0])
     worst = min(of_kinds, key=of_kinds.get)
     yield f"{name}: the worst kind, {worst}", of_kinds[worst], bars[2], "%"
-    skills = [skill(prompts_of(kind)[prompt]) for kind, prompt in asked]
+    skills = [prompts_of(kind)[prompt].part for kind, prompt in asked]
     for part, value in shares(skills, verdicts[1]).items():
         yield f"{name}: phrase, {part} of {skills.count(part)}", value, bars[3], "%"
 

@@ -101,8 +101,7 @@ class Data:
         groups = defaultdict(lambda: defaultdict(list))
         for index in range(len(self)):
             named, picture, _ = world.sample(index)
-            part = next((part for part, phrase in reversed(vars(picture).items()) if phrase), "")
-            groups[named.subject.kind, part][picture.phrase].append(index)
+            groups[named.subject.kind, picture.part][picture.phrase].append(index)
         return groups
 
     def pixels(self, indices) -> Tensor:

@@ -50,9 +50,14 @@ class Picture:
     cross: str | None = None
 
     @property
+    def part(self) -> str:
+        """The name of the part that matters most, such as "mood"; "" if nothing is special."""
+        return next((part for part, phrase in reversed(vars(self).items()) if phrase), "")
+
+    @property
     def phrase(self) -> str:
-        """The one part that matters most."""
-        return next(filter(None, reversed(dataclasses.astuple(self))), "")
+        """The phrase of that part."""
+        return getattr(self, self.part) if self.part else ""
 
 
 def jitter(color: Color, rng: random.Random) -> Color:

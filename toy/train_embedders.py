@@ -103,9 +103,13 @@ def standardized(pixels: Tensor, network: str) -> Tensor:
     return (pixels / 2 + 0.5 - mean) / std
 
 
-def two_of_each(kinds: list[list[int]], count: int, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Two different drawings of each of `count` subjects, half of them of one kind. kinds: of Data.by_kind."""
-    subjects = [sorted({index // 4 for index in kind}) for kind in kinds]
+def subjects_by_kind(data: Data) -> list[list[int]]:
+    """The subjects of the drawings, one list a kind; subject s has the drawings 4s to 4s + 3."""
+    return [sorted({index // 4 for index in kind}) for kind in data.by_kind()]
+
+
+def two_of_each(subjects: list[list[int]], count: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Two different drawings of each of `count` subjects, half of them of one kind. subjects: by kind."""
     chosen = rng.sample(one := rng.choice(subjects), min(count // 2, len(one)))
     others = [subject for kind in subjects if kind is not one for subject in kind]
     chosen += rng.sample(others, count - len(chosen))
@@ -121,11 +125,11 @@ def train_align(job: Job) -> None:
     tokenizer = BertTokenizer.from_pretrained(job.weights / "reward")
     config = align_config(len(tokenizer.cutter.get_vocab()))
     align = initialized(job, ALIGN(config_from(ALIGNConfig, config)), "reward").to(memory_format=torch.channels_last)
-    groups, side = data.by_kind(), PREPROCESSORS["align"]["crop_size"]["height"]
+    subjects, side = subjects_by_kind(data), PREPROCESSORS["align"]["crop_size"]["height"]
 
     def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(number)
-        ones, others = two_of_each(groups, job.batch // 2, rng)
+        ones, others = two_of_each(subjects, job.batch // 2, rng)
         texts = [rng.choice(data.captions[i]) for i in ones + others]
         pixels = F.interpolate(data.pixels(ones + others), size=(side, side), mode="bilinear", antialias=True)
         image = align.image_features(pixels.contiguous(memory_format=torch.channels_last))
@@ -149,11 +153,11 @@ def train_align(job: Job) -> None:
 def train_dino(job: Job) -> None:
     """Two drawings of one subject against other subjects. (DINO's own objective is self-distillation.)"""
     data = Data(job.cache, job.device)
-    groups = data.by_kind()
+    subjects = subjects_by_kind(data)
     dino = initialized(job, DINO(config_from(DINOConfig, DINO_CONFIG)), "metrics/dino")
 
     def loss_of(number: int) -> tuple[Tensor, dict[str, float]]:
-        ones, others = two_of_each(groups, job.batch // 2, random.Random(number))
+        ones, others = two_of_each(subjects, job.batch // 2, random.Random(number))
         pixels = standardized(data.pixels(ones + others), "dino")
         loss, right = contrast(*dino(pixels).chunk(2), 0.1)
         return loss, {"loss": loss.item(), "right": right}

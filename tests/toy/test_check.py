@@ -41,7 +41,7 @@ def test_every_kind_and_every_skill_is_asked_as_often():
     asked = check.balanced_prompts(7 * 20, random.Random(0))
     kinds = [kind for kind, _ in asked]
     assert all(kinds.count(kind) == (14 if world.is_live(kind) else 7) for kind in world.KINDS)
-    skills = [check.skill(check.prompts_of(kind)[prompt]) for kind, prompt in asked if kind == "bear"]
+    skills = [check.prompts_of(kind)[prompt].part for kind, prompt in asked if kind == "bear"]
     assert all(skills.count(skill) == 2 for skill in SKILLS)
     assert "a cross of a bear and a bear" not in check.prompts_of("bear")
 
