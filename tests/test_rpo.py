@@ -25,9 +25,7 @@ def margins(beta):
     return [beta * ((base_ref - ref) - (base_gen - gen)) for ref, gen, base_ref, base_gen in pairs]
 
 
-@pytest.mark.parametrize(
-    ("beta", "similar", "weight"), [(0.1, 1, 1), (1, 1, 1), (7, 1, 1), (2, 1, 0.3), (2, 1, 0), (2, 0.5, 1), (1, 0, 1)]
-)
+@pytest.mark.parametrize(("beta", "similar", "weight"), [(1, 1, 1), (7, 1, 0.3), (0.1, 0.5, 0)])
 def test_value_and_gradient_by_hand(beta, similar, weight):
     labelled = list(zip(margins(beta), LABEL, strict=True))
     preference = -sum(y * math.log(sigmoid(m)) + (1 - y) * math.log(sigmoid(-m)) for m, y in labelled) / 3
@@ -54,22 +52,6 @@ def test_margin_and_accuracy_carry_no_gradient_and_accuracy_counts_agreeing_sign
     assert not loss.margin.requires_grad and not loss.accuracy.requires_grad
     zero = torch.zeros(4)
     assert rpo_loss(zero, zero, zero, zero, zero, torch.tensor([1.0, 0, 1, 0])).accuracy == 0
-
-
-def test_untrained_model_has_preference_log_2():
-    similarity, ref, gen, _, _, label = tensors()
-    loss = rpo_loss(similarity, ref, gen, ref, gen, label)
-    assert loss.margin.tolist() == [0, 0, 0]
-    assert loss.preference.item() == pytest.approx(math.log(2), abs=1e-12)
-
-
-def test_swapping_roles_and_label_changes_only_the_sign_of_the_margin():
-    similarity, ref, gen, base_ref, base_gen, label = tensors()
-    loss = rpo_loss(similarity, ref, gen, base_ref, base_gen, label, 1.5)
-    swapped = rpo_loss(similarity, gen, ref, base_gen, base_ref, 1 - label, 1.5)
-    torch.testing.assert_close(swapped.margin, -loss.margin)
-    torch.testing.assert_close(swapped.preference, loss.preference)
-    torch.testing.assert_close(swapped.accuracy, loss.accuracy)
 
 
 @pytest.mark.parametrize("y", [0.0, 1.0])

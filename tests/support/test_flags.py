@@ -13,7 +13,6 @@ import torch
 
 import train
 from support import flags
-from support.settings import count
 
 
 def test_paths_and_texts():
@@ -24,16 +23,6 @@ def test_paths_and_texts():
     for kind in (flags.path, flags.text):
         with pytest.raises(argparse.ArgumentTypeError, match="not UTF-8"):
             kind(os.fsdecode(b"caf\xe9"))  # as a terminal in Latin-1 gives it
-
-
-def test_parser_has_one_line_for_an_error_and_no_abbreviations(capsys):
-    parser = flags.Parser()
-    parser.add_argument("--steps", type=count)
-    for arguments in (["--steps", "many"], ["--steps", "-1e-4"], ["--step", "3"], ["--other"], ["more"]):
-        with pytest.raises(SystemExit) as stop:
-            parser.parse_args(arguments)
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and "--help" in err
 
 
 def test_an_output_without_a_lambda_gets_a_question_mark():

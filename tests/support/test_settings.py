@@ -1,14 +1,13 @@
-"""settings.py: numbers as texts, and the flags of a dataclass. test_train.py has where a value is from."""
+"""settings.py: numbers as texts. test_train.py has the flags of a dataclass, and where a value is from."""
 
 import argparse
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from support import settings
-from support.settings import add_settings, checked, count, ours, paper, positive, resolve
+from support.settings import checked, count, positive
 
 
 @pytest.mark.parametrize(
@@ -35,20 +34,3 @@ def test_a_value_that_cannot_be_names_the_file(value):
         with pytest.raises(ValueError, match=r"rpo\.json is wrong about lr: .* should be"):
             checked(check, {"lr": value}, "lr", Path("rpo.json"))
     assert checked(positive, {"lr": "2.5"}, "lr", "f") == 2.5  # a header holds texts
-
-
-@dataclass(frozen=True)
-class Some:
-    lr: float = paper(5e-6, positive, "learning rate")
-    patience: int | None = ours(None, count, "validations (default: never)")
-    keep_last: bool = ours(False, None, "keep the last")
-
-
-def test_flags_of_a_dataclass():
-    """A switch is set by its flag alone, not by the base."""
-    parser = argparse.ArgumentParser()
-    add_settings(parser, Some)
-    text = " ".join(parser.format_help().split())
-    assert "rate (default: 5e-06, the paper)" in text and "validations (default: never)" in text
-    args = argparse.Namespace(**vars(parser.parse_args([])), lora_rank=None)
-    assert resolve(Some, args, {"lr": 1, "keep_last": True, "unknown": 1}, "rpo.json") == Some(lr=1.0)
