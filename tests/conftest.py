@@ -31,6 +31,16 @@ def base(world, tmp_path_factory):
     return shutil.copytree(world / "base", tmp_path_factory.mktemp("copy") / "base")
 
 
+@pytest.fixture(scope="session")
+def measured(world, tmp_path_factory):
+    """The base with networks for evaluate.py. Not to be changed."""
+    from tiny import write_metrics
+
+    folder = shutil.copytree(world / "base", tmp_path_factory.mktemp("measured") / "base")
+    write_metrics(folder / "metrics", folder / "tokenizer")
+    return folder
+
+
 @pytest.fixture
 def run(world, tmp_path, monkeypatch):
     """Call `train_tiny` in an empty folder."""

@@ -1,44 +1,37 @@
 """docs/extending.md: its code runs as it stands on the page."""
 
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
-from tiny import call, write_base, write_metrics, write_photos
+from tiny import call
+from trainings import history, train_tiny
 
+import baselines.__main__
 import evaluate
-import train
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n# baselines/(\w+)\.py\n(.*?)```", PAGE, re.DOTALL)
-QUICK = ("--steps", 2, "--validate-every", 2, "--images-per-prompt", 1, "--solver-steps", 1)
+BLOCKS = dict(re.findall(r"```python\n# baselines/(\w+)\.py\n(.*?)```", PAGE, re.DOTALL))
 
 
-@pytest.mark.parametrize("name, code", BLOCKS, ids=[name for name, _ in BLOCKS])
-def test_the_page_runs(name, code, tmp_path, monkeypatch):
-    module = types.ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(code, f"<{name}>", "exec"), module.__dict__)
-    base, subject = write_base(tmp_path / "base"), write_photos(tmp_path / "dog")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_baseline_is_one_file(name, world, tmp_path, monkeypatch):
+    """As `python -m baselines NAME`, in another folder than baselines/."""
     monkeypatch.chdir(tmp_path)
-    flags = ("train.py", "--subject", subject, "--base", base, *QUICK)
-    monkeypatch.setattr(sys, "argv", [str(flag) for flag in flags])
-    assert train.main(module.METHOD) == 0
-    assert Path(f"{name}.safetensors").is_file()
-    assert len(Path(f"{name}.jsonl").read_text().splitlines()) == 4
+    Path(f"{name}.py").write_text(BLOCKS[name], encoding="utf-8")
+    monkeypatch.setattr(baselines.__main__, "__file__", str(tmp_path / "__main__.py"))
+    monkeypatch.setattr(baselines, "__path__", [str(tmp_path)])
+    assert train_tiny(world, monkeypatch, "--steps", 2, baseline=name) == 0
+    assert Path(f"{name}.safetensors").is_file() and len(history(tmp_path, f"{name}.jsonl")) == 4
 
 
-def test_the_metric_runs(tmp_path, monkeypatch, capsys):
+def test_the_metric_runs(measured, world, tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n# saturation\.py\n(.*?)```", PAGE, re.DOTALL)[1]
     for name in ("Metrics", "TITLES"):
         monkeypatch.setattr(evaluate, name, getattr(evaluate, name))  # undone at the end
     exec(compile(code, "<saturation>", "exec"), {"__name__": "saturation"})
-    base, subject = write_base(tmp_path / "base"), write_photos(tmp_path / "dog")
-    write_metrics(base / "metrics", base / "tokenizer")
     monkeypatch.chdir(tmp_path)
-    assert call(evaluate, monkeypatch, "--subject", subject, "--base", base, "--n", 1, "--steps", 1) == 0
+    assert call(evaluate, monkeypatch, "--subject", world / "dog", "--base", measured, "--n", 1, "--steps", 1) == 0
     assert re.search(r"^Saturation +0\.\d+ +0\.\d+ *$", capsys.readouterr().out, re.MULTILINE)
 
 

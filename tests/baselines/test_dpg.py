@@ -1,61 +1,24 @@
-"""DPG against formulas written out by hand: in float64 to 1e-12, and in a whole loss, which is in fp32, to 1e-5."""
+"""DPG against its loss written out by hand, to 1e-5: fp32."""
 
 import math
 import re
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import error_line
-from torch import nn
 from trainings import history, steps, stopped, train_tiny
 
-from baselines.dpg import DPG, Critic, look_forward_reward, policy_loss
+from baselines.dpg import DPG, Critic
 from baselines.dreambooth import PriorBatch
-from model.dino import DINO, DINOConfig
-from model.files.config import config_from
-from model.files.tensors import read_metadata
 from support import memory
-from toy.networks import DINO_CONFIG, PREPROCESSORS, write_part
 
 REWARDS = pytest.mark.parametrize("reward", ["look-forward", "dino"])
 FEW = ("--class-images", 2)
 
 
-@pytest.fixture(scope="module")
-def base(world, tmp_path_factory):
-    """The tiny base with a tiny DINO."""
-    folder = shutil.copytree(world / "base", tmp_path_factory.mktemp("dino") / "base")
-    config = DINO_CONFIG | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 16}
-    config |= {"patch_size": 8, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    tensors = DINO(config_from(DINOConfig, config)).state_dict()
-    preprocessor = PREPROCESSORS["dino"] | {"size": {"height": 16, "width": 16}}
-    write_part(folder / "metrics" / "dino", config, tensors, "model.safetensors", preprocessor)
-    return folder
-
-
 def draws(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def test_look_forward_reward():
-    x_0 = torch.zeros(2, 1, 1, 2, dtype=torch.float64)
-    x_0_hat = torch.tensor([[1.0, 2.0], [0.0, -3.0]], dtype=torch.float64).reshape(2, 1, 1, 2).requires_grad_()
-    reward = look_forward_reward(x_0_hat, x_0)
-    assert reward.tolist() == [-2.5, -4.5] and not reward.requires_grad
-
-
-def test_policy_loss_and_its_gradient_by_hand():
-    critic = nn.Sequential(nn.Flatten(), nn.Linear(4, 1, bias=False), nn.Flatten(0)).double()
-    nn.init.constant_(critic[1].weight, -3.0)  # Q(residual) = -3 x the sum of a sample's elements
-    residual = torch.arange(1.0, 9.0, dtype=torch.float64).reshape(2, 1, 2, 2).requires_grad_()  # sums 10 and 26
-    loss = policy_loss(critic, residual, torch.tensor([0.5, 0.25], dtype=torch.float64))
-    assert loss.item() == pytest.approx((0.5 * 30 + 0.25 * 78) / 2, abs=1e-12)
-    loss.backward()
-    assert residual.grad.flatten().tolist() == pytest.approx([0.75] * 4 + [0.375] * 4, abs=1e-12)
-    assert critic[1].weight.grad is None  # θ climbs the critic's gradient, φ being fixed
 
 
 def test_critic_starts_at_zero_has_its_seed_and_takes_every_size():
@@ -72,7 +35,7 @@ def test_critic_starts_at_zero_has_its_seed_and_takes_every_size():
 
 
 @pytest.fixture
-def prepared(world, base, tmp_path, monkeypatch):
+def prepared(world, measured, tmp_path, monkeypatch):
     """A DPG as it is when the loop begins, with these flags."""
     monkeypatch.chdir(tmp_path)
 
@@ -81,7 +44,7 @@ def prepared(world, base, tmp_path, monkeypatch):
             def train(self):
                 Prepared.last = self
 
-        assert train_tiny(world, monkeypatch, "--base", base, *FEW, *options, method=Prepared) == 0
+        assert train_tiny(world, monkeypatch, "--base", measured, *FEW, *options, method=Prepared) == 0
         return Prepared.last
 
     return prepare
@@ -104,7 +67,7 @@ def learned(trainer):
 
 
 @REWARDS
-@pytest.mark.parametrize(("gamma", "lam", "prior_weight"), [(0.9986, 1.0, 1.0), (1.0, 0.1, 0.3), (0.9, 2.0, 0.0)])
+@pytest.mark.parametrize(("gamma", "lam", "prior_weight"), [(0.9986, 1.0, 1.0), (0.9, 2.0, 0.3)])
 def test_loss_is_the_formula(prepared, reward, gamma, lam, prior_weight):
     options = "--dpg-reward", reward, "--gamma", gamma, "--policy-weight", lam, "--prior-weight", prior_weight
     trainer = learned(prepared(*options))
@@ -170,28 +133,13 @@ def test_critic_learns_a_known_reward(prepared, truth, floor):
     assert 1 - unexplained.item() > floor
 
 
-def test_policy_climbs_the_true_reward(prepared):
-    """A prediction moved by the critic's gradient alone brings x̂_0 nearer to x_0: the sign of the whole is right."""
-    trainer, x = prepared("--gamma", 1, "--prior-weight", 0), batch([500, 500])
-    prediction = nn.Parameter(torch.randn(4, 4, 8, 8, generator=draws(7)))
-    policy, errors = torch.optim.SGD([prediction], lr=2.0), []
-    trainer.theta = lambda *inputs: prediction
-    for _ in range(150):
-        loss = trainer.loss(x)
-        errors.append(-loss.critic_target.item())
-        policy.zero_grad()
-        loss.total.backward()
-        policy.step()
-    assert errors[-1] < 0.3 * errors[0]
-
-
 # -------------------------------------------------------------------------------------------------- a run
 
 
 @REWARDS
-def test_a_run_and_a_resumed_one(run, base, tmp_path, reward):
+def test_a_run_and_a_resumed_one(run, measured, tmp_path, reward):
     """The critic, too, is as if nothing had happened."""
-    options = (*FEW, "--base", base, "--dpg-reward", reward, "--keep-last", "--ckpt")
+    options = (*FEW, "--base", measured, "--dpg-reward", reward, "--keep-last", "--ckpt")
     assert run(*options, "whole/d.safetensors", baseline="dpg") == 0
     rows = steps(history(tmp_path / "whole", "d.jsonl"))
     for row in rows:
@@ -208,27 +156,13 @@ def test_a_run_and_a_resumed_one(run, base, tmp_path, reward):
     assert history(tmp_path, "d.jsonl") == history(tmp_path / "whole", "d.jsonl")
 
 
-def test_every_flag_of_dpg_is_read(run, base, tmp_path, capsys):
+def test_every_flag_of_dpg_is_known_to_these_tests(run, capsys):
     """Besides those that it has from DreamBooth."""
-    switches = {"dpg_reward": "dino", "gamma": 0.5, "policy_weight": 0.1}
     listed = []
     for name in ("dreambooth", "dpg"):
         assert run("--help", baseline=name) == 0
         listed.append(set(re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE)))
-    assert {name.replace("-", "_") for name in listed[1] - listed[0]} == switches.keys()
-
-    def two_steps(*option):
-        assert run(*FEW, "--base", base, "--steps", 2, *option, baseline="dpg") == 0
-        return steps(history(tmp_path, "dpg.jsonl"))
-
-    plain, changed = two_steps(), {}
-    for name, value in switches.items():
-        rows = two_steps(f"--{name.replace('_', '-')}", value)
-        changed[name] = [{key for key in row if row[key] != was[key]} for row, was in zip(rows, plain, strict=True)]
-        assert read_metadata(tmp_path / "dpg.safetensors")[name] == str(value)
-    assert "total" in changed["policy_weight"][0] | changed["policy_weight"][1]
-    assert changed["dpg_reward"][0] - {"policy"} == {"total", "gradient_norm", "critic_target", "critic_loss"}
-    assert "policy" in changed["gamma"][0] | changed["gamma"][1]
+    assert listed[1] - listed[0] == {"dpg-reward", "gamma", "policy-weight"}  # of test_loss_is_the_formula
 
 
 def test_dino_needs_its_files_and_a_decoder_on_the_device(run, prepared, capsys, monkeypatch):

@@ -1,7 +1,5 @@
 """DreamBooth and `python -m baselines`. Formulas by hand in float64, tolerance 1e-12: the rounding of float64."""
 
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import call, error_line, files_in
-from trainings import QUICK, copied, history, same, same_results, steps, stopped, validations, watched
+from trainings import copied, history, same, same_results, steps, stopped, watched
 
 import baselines.__main__
 import sample
@@ -27,7 +25,7 @@ FEW = ("--class-images", 3)
 REF, CLASS = [0.5, 0.2, 0.9], [0.4, 0.7, 0.1]
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, 2.5])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_value_and_gradient_by_hand(weight):
     ref, prior = (torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in (REF, CLASS))
     loss = dreambooth_loss(ref, prior, weight)
@@ -46,7 +44,7 @@ def test_value_and_gradient_by_hand(weight):
 Watched = watched(DreamBooth)
 
 
-def test_a_run_learns_the_photos_and_the_class(run, world, tmp_path):
+def test_a_run_learns_the_photos_and_the_class(run, tmp_path):
     assert run(*FEW, "--prior-weight", 0.5, "--batch", 4, "--ckpt", "here.safetensors", method=Watched) == 0
     trainer, rows = Watched.last, steps(history(tmp_path, "here.jsonl"))
     stream, prompts, images = trainer.drawn[0]
@@ -63,17 +61,6 @@ def test_a_run_learns_the_photos_and_the_class(run, world, tmp_path):
     assert torch.equal(batch.c, sd.encode_prompts(["a photo of [V] dog"]).expand(4, -1, -1))
     assert torch.equal(batch.c_class, sd.encode_prompts(["a photo of a dog"]).expand(4, -1, -1))
     assert not torch.equal(batch.eps_ref, batch.eps_class) and not torch.equal(batch.t_ref, batch.t_class)
-    # The first step again, a picture at a time, with the base's U-Net. 1e-5: fp32, other batches.
-    unet = StableDiffusion.from_pretrained(world / "base").unet
-    pictures = {"similarity": (batch.x_ref, batch.eps_ref, batch.t_ref, batch.c)}
-    pictures["prior"] = batch.x_class, batch.eps_class, batch.t_class, batch.c_class
-    for name, (x_0, eps, t, context) in pictures.items():
-        error = 0
-        for k in range(4):
-            x_t = sd.scheduler.add_noise(x_0[k : k + 1], eps[k : k + 1], t[k : k + 1])
-            prediction = unet(x_t, t[k : k + 1], context[k : k + 1])
-            error += (prediction - eps[k]).square().mean().item() / 4
-        assert rows[0][name] == pytest.approx(error, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- the text encoder
@@ -82,16 +69,10 @@ def test_a_run_learns_the_photos_and_the_class(run, world, tmp_path):
 BOTH = (*FEW, "--train-text-encoder", "--keep-last", "--ckpt", "both/best.safetensors")
 
 
-@pytest.fixture
-def trained(run, tmp_path):
-    """A run that trains the text encoder too: its DreamBooth and its checkpoint."""
-    assert run(*BOTH, method=Watched) == 0
-    return Watched.last, tmp_path / "both" / "best.safetensors"
-
-
-def test_the_checkpoint_holds_the_text_encoder_too(trained, world):
+def test_the_checkpoint_and_its_export_hold_the_text_encoder_too(run, world, tmp_path, monkeypatch):
     """What it draws is what the last validation drew. A checkpoint without one has the base's again."""
-    trainer, ckpt = trained
+    assert run(*BOTH, method=Watched) == 0
+    trainer, ckpt = Watched.last, tmp_path / "both" / "best.safetensors"
     sd = StableDiffusion.from_pretrained(world / "base")
     base, texts = copied(sd.text_encoder.state_dict()), ["a photo of [V] dog", ""]
     before = sd.encode_prompts(texts)
@@ -104,6 +85,10 @@ def test_the_checkpoint_holds_the_text_encoder_too(trained, world):
     assert stream == randomness.VALIDATION
     seeds = randomness.picture_seeds(0, stream, len(prompts))
     assert sd.generate(prompts, seeds, steps=1) == images  # --solver-steps 1, as the run
+
+    assert call(sample, monkeypatch, "--ckpt", ckpt, "--export-single", tmp_path / "whole.safetensors") == 0
+    _, tensors = read_single_file(tmp_path / "whole.safetensors")["text_encoder"]
+    assert same(tensors, {name: tensor.half() for name, tensor in sd.text_encoder.state_dict().items()})
 
     plain = {name: tensor for name, tensor in load_file(ckpt).items() if not name.startswith("text_encoder.")}
     save_tensors(plain, other := ckpt.with_name("plain.safetensors"))
@@ -127,8 +112,8 @@ def test_a_step_trains_both_by_one_adamw(run, world, tmp_path):
         context = sd.text_encoder(sd.tokenizer([prompt]))
         total = total + (sd.unet(sd.scheduler.add_noise(x_0, eps, t), t, context) - eps).square().mean()
     total.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    assert steps(history(tmp_path / "both"))[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    norm, row = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item(), steps(history(tmp_path / "both"))[0]
+    assert (row["total"], row["gradient_norm"]) == pytest.approx((total.item(), norm), rel=1e-4)
     adamw.step()
     for ours, theirs in ((trainer.machine.unet, sd.unet), (trainer.sd.text_encoder, sd.text_encoder)):
         apart = torch.cat(
@@ -137,8 +122,9 @@ def test_a_step_trains_both_by_one_adamw(run, world, tmp_path):
         assert (apart < 1e-4).float().mean() > 0.98
 
 
-def test_resumed_is_as_if_uninterrupted(trained, run, tmp_path):
+def test_resumed_is_as_if_uninterrupted(run, tmp_path):
     """The base's text encoder draws the class images again, not the trained one."""
+    assert run(*BOTH, method=DreamBooth) == 0
     options = (*BOTH, "--ckpt", "best.safetensors")
     assert run(*options, method=stopped(4, method=DreamBooth)) == 130
     assert run(*options, "--resume", method=DreamBooth) == 0
@@ -148,14 +134,7 @@ def test_resumed_is_as_if_uninterrupted(trained, run, tmp_path):
 def test_lora_with_the_text_encoder_is_refused(run, tmp_path, capsys):
     assert run(*BOTH, "--lora-rank", 2, baseline="dreambooth") == 2
     assert "text encoder too: leave one out" in error_line(capsys)
-    assert files_in(tmp_path) in ([], ["both"])
-
-
-def test_an_export_holds_the_trained_text_encoder(trained, tmp_path, monkeypatch):
-    trainer, ckpt = trained
-    assert call(sample, monkeypatch, "--ckpt", ckpt, "--export-single", tmp_path / "whole.safetensors") == 0
-    _, tensors = read_single_file(tmp_path / "whole.safetensors")["text_encoder"]
-    assert same(tensors, {name: tensor.half() for name, tensor in trainer.sd.text_encoder.state_dict().items()})
+    assert files_in(tmp_path) == ["both"]
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -166,62 +145,15 @@ def test_the_command_lists_the_baselines(monkeypatch, capsys, tmp_path):
         assert call(baselines.__main__, monkeypatch, *words) == status
         out, err = capsys.readouterr()
         assert "{dpg,dreambooth,release}" in (err if status else out) and not (out if status else err)
+    command = [sys.executable, "-m", "baselines", "--help"]
+    assert subprocess.check_output(command, cwd=ROOT, text=True, timeout=120) == out  # of the last call
     assert call(baselines.__main__, monkeypatch, "dreambooth", "--subject", tmp_path, "--prior-weight", -1) == 2
     assert capsys.readouterr().err.startswith("baselines dreambooth: error: argument --prior-weight")
-    assert call(train, monkeypatch, "--help") == 0
-    assert not re.search("dreambooth|dpg|--class-images", capsys.readouterr().out, re.IGNORECASE)
 
 
 def test_flags_and_default_result(run, tmp_path):
-    """--prior-weight changes the loss alone; --class-images, how many are drawn."""
-    rows = []
-    for options in ((), ("--prior-weight", 0.5), ("--class-images", 2)):
-        assert run(*FEW, "--steps", 1, *options, baseline="dreambooth") == 0
-        rows.append(history(tmp_path, "dreambooth.jsonl"))
-    (base, first), (base_again, weighted), (_, few) = (each[:2] for each in rows)
-    assert base == base_again
-    assert {name for name in first if first[name] != weighted[name]} == {"total", "gradient_norm"}
-    assert first["prior"] != few["prior"]
+    """--class-images says how many are drawn."""
+    assert run("--class-images", 2, "--steps", 1, baseline="dreambooth") == 0
     header = read_metadata(tmp_path / "dreambooth.safetensors")
     expected = {"method": "dreambooth", "class_images": "2", "prior_weight": "1.0", "steps": "1", "noun": "dog"}
     assert header.items() >= expected.items() and "beta" not in header
-
-
-OWN = '''"""RPO with half of the loss."""
-
-from train import RPO
-
-
-class Half(RPO):
-    result = "half.safetensors"
-
-    def loss(self, batch):
-        loss = super().loss(batch)
-        return loss._replace(total=0.5 * loss.total)
-
-
-METHOD = Half
-'''
-
-
-def test_a_new_baseline_is_one_file(world, tmp_path):
-    """In a copy of the program, from a shell."""
-    for source in [*ROOT.glob("*.py"), *(ROOT / name for name in ("baselines", "model", "support"))]:
-        shutil.copytree(source, tmp_path / source.name) if source.is_dir() else shutil.copy(source, tmp_path)
-    (tmp_path / "baselines" / "half.py").write_text(OWN, encoding="utf-8")
-
-    def shell(subject):
-        words = ("half", "--subject", subject, "--base", world / "base", *QUICK)
-        command = [sys.executable, "-m", "baselines", *map(str, words)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    result = shell(world / "dog")
-    assert result.returncode == 0, result.stderr
-    rows = history(tmp_path, "half.jsonl")
-    assert len(steps(rows)) == 4 and len(validations(rows)) == 3
-    for row in steps(rows):
-        assert row["total"] == pytest.approx(0.5 * (row["similarity"] + row["preference"]), rel=1e-5)
-    assert read_metadata(tmp_path / "half.safetensors")["method"] == "half"
-    result = shell("nothing")
-    assert result.returncode == 2 and result.stdout == ""
-    assert re.fullmatch("baselines half: error: nothing .*\n", result.stderr)
