@@ -1,6 +1,5 @@
 """Prompts and photos: DreamBench's lists word for word, and which files of a folder are photos."""
 
-import dataclasses
 import hashlib
 import os
 
@@ -63,17 +62,14 @@ def test_filled_prompts(tmp_path):
     assert can.test_prompts[10] == "a {noun} can with a wheat field in the background"
     with pytest.raises(SubjectError, match="'a hotdog asks' lacks 'sks'"):  # the reward would not remove it
         fill(["a hotdog asks"], "sks", "dog")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        dog.noun = "cat"
 
 
 @pytest.mark.parametrize(
     "folder, noun, live",
     [
         *[(folder, noun, noun in ("cat", "dog")) for folder, noun in DREAMBENCH_NOUNS.items()],
-        *[("dog9", "dog", True), ("Golden_Retriever-puppy3", "golden retriever puppy", True)],
-        *[("my_lamp", "my lamp", False), ("teddy-bear", "teddy bear", False), ("glasses", "glasses", False)],
-        *[("our_dogs", "our dogs", True), ("corgi", "corgi", True)],
+        *[("Golden_Retriever-puppy3", "golden retriever puppy", True), ("teddy-bear", "teddy bear", False)],
+        *[("my_lamp", "my lamp", False), ("glasses", "glasses", False), ("our_dogs", "our dogs", True)],
     ],
 )
 def test_noun_from_the_folder(tmp_path, folder, noun, live):
@@ -104,7 +100,7 @@ def test_bad_nouns_and_tokens(tmp_path):
 
 
 def test_photos_are_found_sorted(tmp_path):
-    folder, names = tmp_path / "dog", ["10.png", "b.JPG", "a.jpeg", "c.WebP", "d.bmp", "e.tif", "f.TIFF"]
+    folder, names = tmp_path / "dog", ["10.png", "b.JPG", "a.jpeg", "c.WebP", "d.bmp", "e.tif"]
     for name in names:
         put(folder, name)
     for name in (".DS_Store", "Thumbs.db", "._10.png", ".hidden.jpg"):
@@ -116,20 +112,14 @@ def test_photos_are_found_sorted(tmp_path):
 
 
 def test_what_is_not_read_is_named(tmp_path, capsys):
-    put(tmp_path, "a.jpg")
-    for name in ("IMG.HEIC", "._IMG.HEIC", *(f"{i}.txt" for i in range(6))):  # macOS writes the second
+    """Bytes of a name that are not UTF-8 are escaped."""
+    put(tmp_path, photo := os.fsdecode(b"caf\xe9.jpg"))
+    names = ["IMG.HEIC", "._IMG.HEIC", *(f"{i}.txt" for i in range(6)), os.fsdecode(b"1\xe9.txt")]  # macOS' is second
+    for name in names:
         (tmp_path / name).write_bytes(b"a phone's")
-    assert [photo.name for photo in load_subject(tmp_path, "dog").photos] == ["a.jpg"]
-    note = "note: not read as photos: '0.txt', '1.txt', '2.txt', '3.txt', '4.txt' and 2 more; "
+    assert [path.name for path in load_subject(tmp_path, "dog").photos] == [photo]
+    note = "note: not read as photos: '0.txt', '1.txt', '1\\udce9.txt', '2.txt', '3.txt' and 3 more; "
     assert capsys.readouterr().out == note + "convert pictures to .jpg or .png\n"
-
-
-def test_names_that_are_not_utf_8(tmp_path, capsys):
-    folder, name = put(tmp_path / "dog"), os.fsencode(tmp_path / "dog") + b"/caf\xe9"
-    os.rename(folder / "a.png", name + b".png")
-    with open(name + b".txt", "wb"):
-        assert [os.fsencode(photo) for photo in load_subject(folder).photos] == [name + b".png"]
-    assert "'caf\\udce9.txt'" in capsys.readouterr().out  # what UTF-8 has no bytes for is escaped
 
 
 def test_bad_folders(tmp_path, monkeypatch):

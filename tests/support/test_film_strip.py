@@ -25,13 +25,7 @@ def colours(page):
     return {colour for _, colour in page.getcolors(page.width * page.height)}
 
 
-def changed(one, other):
-    """The box (left, top, right, bottom) in which two pages of one size differ."""
-    assert one.size == other.size
-    return ImageChops.difference(one, other).getbbox()
-
-
-@pytest.mark.parametrize("side", [16, 128, 512])
+@pytest.mark.parametrize("side", [16, 512])
 def test_the_photos_and_a_row_a_validation(side):
     """Each picture is found in its row and column by its colour; the kept row alone has the frame."""
     photos = [plain(250, i, 0, side=side) for i in range(3)]
@@ -53,13 +47,13 @@ def test_the_photos_and_a_row_a_validation(side):
 
 
 def test_each_picture_has_its_own_reward_under_it():
-    rows = [validation(0), validation(40)]
-    page = film_strip(PROMPTS, PHOTOS, rows, None)
+    row = validation(40)
+    page = film_strip(PROMPTS, PHOTOS, [row], None)
     top = next(y for y in range(page.height) if page.getpixel((LEFT, y)) == (40, 0, 200))
     for i in range(8):
-        rewards = [0.7] * 8
-        rewards[i] = 0.1
-        box = changed(page, film_strip(PROMPTS, PHOTOS, [rows[0], validation(40, rewards=rewards)], None))
+        rewards = [0.7] * i + [0.1] + [0.7] * (7 - i)
+        other = film_strip(PROMPTS, PHOTOS, [row._replace(rewards=rewards)], None)
+        box = ImageChops.difference(page, other).getbbox()
         left = LEFT + i * 68
         assert left < box[0] < box[2] < left + 64 and top + 64 <= box[1] < box[3] < top + 64 + 20
 
@@ -71,19 +65,14 @@ def test_a_curve_of_each_score_with_the_kept_step(count):
     page = film_strip(PROMPTS, PHOTOS, rows, None)
     third, bottom = (page.width - LEFT) // 3, page.height - CURVES
     rows[1] = validation(1, align_t=0.61 + 0.004)
-    left, top, right, _ = changed(page, film_strip(PROMPTS, PHOTOS, rows, None))
+    left, top, right, _ = ImageChops.difference(page, film_strip(PROMPTS, PHOTOS, rows, None)).getbbox()
     assert LEFT + third <= left < right <= LEFT + 2 * third + GAP and top >= bottom
     curves = film_strip(PROMPTS, PHOTOS, rows, count - 1).crop((0, bottom, page.width, page.height))
     marked = [x for x in range(page.width) if curves.crop((x, 50, x + 1, 160)).getcolors()[0][1] == KEPT]
     assert [(x - LEFT) // third for x in marked if x > LEFT] == [0, 1, 2]
 
 
-def test_the_first_validation_has_no_curve_yet():
-    one, two = (film_strip(PROMPTS, PHOTOS, [validation(step) for step in range(n)], None) for n in (1, 2))
-    assert two.height - one.height == 64 + 18 + GAP + CURVES
-
-
-@pytest.mark.parametrize(("photos", "validations"), [(200, 11), (1000, 5), (5, 401)])
+@pytest.mark.parametrize(("photos", "validations"), [(1000, 5), (5, 401)])
 def test_a_long_strip_is_wrapped(photos, validations):
     """All photos are there, and of many validations the first, the kept one and the last."""
     references = [plain(250, i % 256, i // 256) for i in range(photos)]

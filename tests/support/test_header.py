@@ -45,10 +45,8 @@ def test_base_of_a_checkpoint(tmp_path):
         assert header.resolve_base(flags(base=base), ckpt, read) == (tmp_path, None, expected)
         assert header.resolve_base(flags(base=base, prediction_type="epsilon"), ckpt, read)[2] == "epsilon"
     assert header.resolve_base(flags(), None, {}) == (EMBEDDED_BASE, None, None)
-    assert (
-        header.resolve_base(flags(), ckpt, half)[1] == "fp16"
-        and header.resolve_base(flags(variant="ema"), ckpt, half)[1] == "ema"
-    )
+    for given, expected in ((None, "fp16"), ("ema", "ema")):
+        assert header.resolve_base(flags(variant=given), ckpt, half)[1] == expected
     for read, words in (({}, "names no base model"), ({"base": str(tmp_path / "gone")}, "gone, which is not there")):
         with pytest.raises(ValueError, match=words):
             header.resolve_base(flags(), ckpt, read)

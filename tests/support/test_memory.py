@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import UNET
 
 from model.files.errors import CheckpointError
 from model.stable_diffusion import StableDiffusion
@@ -37,10 +37,7 @@ def test_estimate_counts_the_weights():
 def test_estimate_counts_what_is_trained_besides_the_unet():
     """In fp32: AdamW's two averages and the gradient; the weights are among the other networks'."""
     more, without = estimated(also=1000), estimated()
-    assert {name: more[name] - without[name] for name in more if more[name] != without[name]} == {
-        "AdamW": 8000,
-        "a step": 4000,
-    }
+    assert more == without | {"AdamW": without["AdamW"] + 8000, "a step": without["a step"] + 4000}
 
 
 def test_estimate_of_the_modes():
@@ -121,12 +118,8 @@ def test_the_estimate_reads_the_files_that_are_loaded(tmp_path):
     assert memory.estimate_of(flags(resolution=256, batch=16))["a step"] > 2 * of_folder["a step"]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("in_channels", -4), ("block_out_channels", "x"), ("down_block_types", ["Foo", "Foo"])]
-)
-def test_a_wrong_configuration_is_named(tmp_path, name, value):
-    path = shutil.copytree(TOY, tmp_path / "base") / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {name: value}), encoding="utf-8")
-    with pytest.raises(CheckpointError) as caught:
-        memory.estimate_of(flags(base=tmp_path / "base"))
-    assert str(path) in str(caught.value)
+def test_a_wrong_configuration_is_named(base):
+    path = base / "unet" / "config.json"
+    path.write_text(json.dumps(UNET | {"in_channels": -4}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=str(path)):
+        memory.estimate_of(flags(base=base))

@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import call, files_in, write_ckpt, write_metrics, write_photos
+from tiny import call, files_in, write_ckpt, write_photos
 from trainings import QUICK, history
 
 import evaluate
@@ -203,13 +203,12 @@ def evaluates_twice(arguments):
     return max(evaluate.main(), evaluate.main())
 
 
-def test_subjects_are_shared_out(start, base, tmp_path, monkeypatch):
-    write_metrics(base / "metrics", base / "tokenizer")
+def test_subjects_are_shared_out(start, measured, tmp_path, monkeypatch):
     for name, noun in {"cat2": "cat", "dog": "dog", "duck_toy": "toy"}.items():
         write_photos(tmp_path / "dataset" / name)
         if name != "dog":  # the first that the second process has to do
             for runs in ("one", "two"):
-                write_ckpt(base, tmp_path / runs / name / "best.safetensors", noun=noun, live=str(noun == "cat"))
+                write_ckpt(measured, tmp_path / runs / name / "best.safetensors", noun=noun, live=str(noun == "cat"))
     options = ("--dreambench", tmp_path / "dataset", "--steps", 1, "--n", 1, "--device", "cpu", "--ckpt")
     one, two = ((*options, tmp_path / runs / "{subject}" / "best.safetensors") for runs in ("one", "two"))
     assert start(partial(evaluates_twice, two)) == [1, 1]
