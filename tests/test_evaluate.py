@@ -15,7 +15,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import WEIGHTS, call, error_line, files_in, parameters, write_base, write_ckpt, write_metrics, write_photos
+from tiny import WEIGHTS, call, error_line, files_in, parameters, write_ckpt, write_photos
 
 import evaluate
 from evaluate import Metrics
@@ -25,7 +25,6 @@ from model.files.tensors import read_metadata
 from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
 from reward import lambda_harmonic
-from support.pictures import SAMPLER_NAMES
 
 QUICK = ("--steps", 1, "--n", 1, "--device", "cpu")
 NAMES = ["dino", "clip_i", "clip_t", "align_i", "align_t"]
@@ -37,17 +36,10 @@ def picture(seed, size=(40, 40)):
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = write_base(tmp_path_factory.mktemp("world") / "base")
-    write_metrics(folder / "metrics", folder / "tokenizer")
-    return folder
-
-
 @pytest.fixture
-def copy(base, tmp_path):
-    """A copy of the base, which a test may change."""
-    return Path(shutil.copytree(base, tmp_path / "copy"))
+def base(measured, tmp_path):
+    """A copy, which a test may change."""
+    return Path(shutil.copytree(measured, tmp_path / "base"))
 
 
 @pytest.fixture
@@ -95,23 +87,13 @@ def read(path):
 # ---------------------------------------------------------------------------------------------- the scores
 
 
-def test_agrees_with_one_pair_at_a_time(base):
-    """The mean over the photos, of more photos and pictures than one batch holds."""
-    photos, images = [picture(i) for i in range(3)], [picture(10 + i) for i in range(18)]
-    prompts = [f"a {'red ' * (i % 3)}[V] dog" for i in range(18)]
-    metrics = metrics_of(base, photos)
-    scores, each = metrics(images, prompts), [metrics.of([photo], "[V]") for photo in photos]
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        alone = [one([image], [prompt]) for one in each]
-        for name in NAMES:
-            assert float(scores[name][i]) == pytest.approx(sum(float(pair[name]) for pair in alone) / 3, abs=1e-5)
-    assert all(scores[name].std() > 0.01 for name in NAMES)  # there is something to agree on
-
-
 def test_agrees_with_transformers(base):
-    """From PIL pictures, not square ones, to the scores, with the library's own preprocessing, networks and tokens."""
-    photos, images = [picture(i, (60, 44)) for i in range(2)], [picture(5, (31, 31)), picture(6, (30, 50))]
-    prompts = ["a [V] dog in the snow", "a cube shaped [V] dog"]
+    """From PIL pictures, not square ones, to the scores, with the library's own preprocessing, networks and tokens.
+
+    The mean over the photos, of more pictures than one batch holds. (test_reward.py: the scores of ALIGN.)
+    """
+    photos, images = [picture(i, (60, 44)) for i in range(2)], [picture(5 + i, (30, 31 + i)) for i in range(18)]
+    prompts = [f"a {'red ' * (i % 3)}[V] dog" for i in range(18)]
     scores = metrics_of(base, photos)(images, prompts)
     clip = transformers.CLIPModel.from_pretrained(base / "metrics" / "clip").eval()
     dino = transformers.ViTModel.from_pretrained(base / "metrics" / "dino", add_pooling_layer=False).eval()
@@ -130,17 +112,8 @@ def test_agrees_with_transformers(base):
         texts = tokens([p.replace("[V] ", "") for p in prompts], padding="max_length", return_tensors="pt")
         words = clip.get_text_features(**texts).pooler_output
         expected = similarity(see["clip_i"](images), words)
-        assert expected.min() > 0.01 and (scores["clip_t"] - expected).abs().max() < 1e-5
-
-
-def test_a_cosine_below_0_counts_as_0(base):
-    metrics = metrics_of(base, [picture(0)])
-    images, prompts = [picture(i) for i in range(8)], ["a dog"] * 8
-    scores = metrics(images, prompts)["clip_t"]
-    with torch.no_grad():
-        metrics.clip.text_projection.weight.neg_()
-    others = metrics(images, prompts)["clip_t"]
-    assert ((scores == 0) == (others > 0)).all() and torch.max(scores, others).min() > 0
+        assert 0 < (expected < 0).sum() < 9  # a cosine below 0 counts as 0
+        assert (scores["clip_t"] - expected.clamp(min=0)).abs().max() < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------- one subject
@@ -206,59 +179,51 @@ def test_same_command_same_files_whatever_the_batch(measure, ckpt, dog):
     assert {row["seed"] for row in other["images"]}.isdisjoint(row["seed"] for row in result["images"])
 
 
-def test_flags_win_then_the_header_then_the_base(copy, dog, tmp_path, monkeypatch):
-    (copy / "rpo.json").write_text('{"guidance": 2, "solver_steps": 3}', encoding="utf-8")
-    path = write_ckpt(copy, tmp_path / "a.safetensors", lambda_val="0.7", resolution="24")  # λ is 0.3 all the same
-    given = ("--lambda", 0, "--guidance", 2, "--solver-steps", 1, "--sampler", "ddim")
-    for options, expected in (((), [3, 3, "dpm++", 0.3]), (given, [1, 2, "ddim", 0])):
+def test_flags_win(base, dog, tmp_path, monkeypatch):
+    """test_header.py: what is drawn without them. λ is 0.3 also for a checkpoint that another has chosen."""
+    path = write_ckpt(base, tmp_path / "a.safetensors", lambda_val="0.7", resolution="24")
+    given = ("--lambda", 0.5, "--guidance", 2, "--solver-steps", 3, "--sampler", "ddim")
+    for options, lam, drawn in ((QUICK, 0.3, "1 DPM++ 2M 3 24x24"), (given, 0.5, "3 DDIM 2 24x24")):
         assert call(evaluate, monkeypatch, "--ckpt", path, "--subject", dog, "--n", 1, *options) == 0
         result = read(tmp_path / "a.eval.json")
-        settings, row = result["settings"], result["images"][0]
-        assert [settings[name] for name in ("steps", "guidance", "sampler", "lambda")] == expected
-        drawn = parameters(Path(result["pictures"]) / row["file"])
-        assert [drawn[name] for name in ("Steps", "CFG scale", "Size")] == [*map(str, expected[:2]), "24x24"]
-        assert drawn["Sampler"] == SAMPLER_NAMES[expected[2]]
-        lam = expected[3]
-        assert row["lambda_harmonic"] == pytest.approx(
-            1 / (lam / row["align_i"] + (1 - lam) / row["align_t"]), abs=2e-6
-        )
+        row, (align_i, align_t) = result["images"][0], [result["images"][0][name] for name in NAMES[3:]]
+        shown = parameters(Path(result["pictures"]) / row["file"])
+        assert " ".join(shown[name] for name in ("Steps", "Sampler", "CFG scale", "Size")) == drawn
+        assert row["lambda_harmonic"] == pytest.approx(1 / (lam / align_i + (1 - lam) / align_t), abs=2e-6)
 
 
 def test_base_is_read_as_the_header_says(measure, base, dog, tmp_path):
     path = write_ckpt(base, tmp_path / "a.safetensors", prediction_type="v_prediction")
-    command = ("--ckpt", path, "--subject", dog)
-    v, epsilon = measure(*command)[0], measure(*command, "--prediction-type", "epsilon")[0]
-    assert (v["settings"]["prediction_type"], epsilon["settings"]["prediction_type"]) == ("v_prediction", "epsilon")
+    v = measure("--ckpt", path, "--subject", dog)[0]
+    assert v["settings"]["prediction_type"] == "v_prediction"
+    epsilon = measure("--ckpt", path, "--subject", dog, "--prediction-type", "epsilon")[0]
     assert v["means"] != epsilon["means"]
 
 
-def test_networks_of_ones_own(measure, base, copy, dog, tmp_path):
+def test_networks_of_ones_own(measure, measured, base, dog, tmp_path):
     """Of a base that has none."""
-    (copy / "metrics").rename(tmp_path / "metrics"), (copy / "reward").rename(tmp_path / "reward")
+    (base / "metrics").rename(tmp_path / "metrics"), (base / "reward").rename(tmp_path / "reward")
     options = [text for name, folder in folders_of(tmp_path).items() for text in (f"--{name}", folder)]
-    result, _ = measure("--subject", dog, "--base", copy, *options)
+    result, _ = measure("--subject", dog, "--base", base, *options)
     assert result["networks"] == {name: str(folder) for name, folder in folders_of(tmp_path).items()}
-    assert result["means"] == measure("--subject", dog, "--base", base)[0]["means"]
+    assert result["means"] == measure("--subject", dog, "--base", measured)[0]["means"]
 
 
 def test_the_subject_is_what_flags_then_the_header_then_the_folder_say(measure, base, tmp_path):
     thing = write_photos(tmp_path / "vase")
     path = write_ckpt(base, tmp_path / "a.safetensors", token="sks")
-    given = ("--noun", "my vase", "--no-live", "--token", "qx")
     for options, text in (
         (("--ckpt", path), "a sks dog wearing a red hat"),
-        (("--ckpt", path, *given), "a qx my vase with a wheat field in the background"),
-        (("--base", base), "a [V] vase with a wheat field in the background"),
+        (("--ckpt", path, "--noun", "my vase", "--no-live", "--token", "qx"), "a qx my vase with a wheat field"),
         (("--base", base, "--live"), "a [V] vase wearing a red hat"),
     ):
         result, out = measure("--subject", thing, *options)
-        assert result["images"][10]["prompt"] == text
-        assert (
-            result["scored_text"] == f"the prompt without the token {text.split()[1]}" and result["scored_text"] in out
-        )
+        assert result["images"][10]["prompt"].startswith(text)
+        scored = f"the prompt without the token {text.split()[1]}"
+        assert result["scored_text"] == scored and scored in out
 
 
-def test_prompts_of_ones_own(measure, run, base, dog, tmp_path, capsys):
+def test_prompts_of_ones_own(measure, base, dog, tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("a {V} {noun} asleep\n\na [V] dog awake\n", encoding="utf-8")
     result, out = measure("--base", base, "--subject", dog, "--prompts", own, "--n", 2)
@@ -268,9 +233,6 @@ def test_prompts_of_ones_own(measure, run, base, dog, tmp_path, capsys):
     own.write_text("a {V} {noun} asleep", encoding="utf-8")
     result, _ = measure("--base", base, "--subject", dog, "--prompts", own)
     assert result["means"]["dino"] == {"mean": result["images"][0]["dino"], "sd": 0}
-    own.write_text("a {V} cat", encoding="utf-8")
-    assert run("--base", base, "--subject", dog, "--prompts", own) == 2
-    assert "lacks 'dog'" in error_line(capsys)
 
 
 def test_aesthetic_score(measure, run, base, dog, tmp_path, capsys):
@@ -409,10 +371,8 @@ def test_dreambench_of_the_base_alone(run, bench, base):
 
 # ---------------------------------------------------------------------------------------------- bad input
 
-BAD = (
-    "--n 0, --seed -1, --steps 1001, --guidance 1e30, --batch 0, --lambda 1.1, --device abacus, --nonsense, "
-    "--ckpt, --ckpt=, --noun=, --clip=, --out=, --base=, --token dog, --dreambench ."
-)
+BAD = "--n 0, --seed -1, --steps 1001, --guidance 1e30, --batch 0, --lambda 1.1, --device abacus, --nonsense, "
+BAD += "--ckpt=, --noun=, --clip=, --out=, --base=, --token dog, --dreambench ."
 NOWHERE = [f"--{name} nowhere" for name in ("clip", "align", "base", "subject", "prompts")]
 BAD_MANY = {"": "--subject", "--dreambench nowhere": "nowhere", "--dreambench {}/dog": "no subject of DreamBench"}
 BAD_MANY |= {f"--dreambench {{}} {text}": text.split()[0] for text in ("--noun dog", "--live")}
@@ -431,18 +391,18 @@ def test_bad_option_is_one_line(run, base, dog, bench, capsys, option, tmp_path)
     ("name", "value"),
     [("guidance", "0"), ("live", "perhaps"), ("noun", " "), ("token", ""), ("base", "no/base")],
 )
-def test_bad_header_is_one_line(run, copy, dog, tmp_path, capsys, name, value):
+def test_bad_header_is_one_line(run, base, dog, tmp_path, capsys, name, value):
     """Before any network is loaded: this base's U-Net is broken."""
-    path = write_ckpt(copy, tmp_path / "bad.safetensors", **{name: value})
-    (copy / "unet" / WEIGHTS).write_bytes(b"no weights")
+    path = write_ckpt(base, tmp_path / "bad.safetensors", **{name: value})
+    (base / "unet" / WEIGHTS).write_bytes(b"no weights")
     assert run("--ckpt", path, "--subject", dog) == 2
     assert name in error_line(capsys) and not (tmp_path / "bad.eval").exists()
 
 
 @pytest.mark.parametrize("name", ["metrics/clip", "reward", "metrics/clip/vocab.json", "metrics/dino/config.json"])
-def test_incomplete_base_is_one_line(run, copy, dog, tmp_path, capsys, name):
-    shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
-    assert run("--base", copy, "--subject", dog) == 2
+def test_incomplete_base_is_one_line(run, base, dog, tmp_path, capsys, name):
+    shutil.rmtree(base / name) if (base / name).is_dir() else (base / name).unlink()
+    assert run("--base", base, "--subject", dog) == 2
     assert name.split("/")[-1] in error_line(capsys) and files_in(tmp_path / "here") == []
 
 

@@ -1,9 +1,7 @@
 """sample.py on a tiny random base: which base, which prompts, which files, the same pictures again, and bad input."""
 
 import os
-import pty
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import WEIGHTS, call, error_line, files_in, parameters, write_base, write_ckpt
+from tiny import WEIGHTS, call, error_line, files_in, parameters, write_ckpt
 
 import sample
 from model.files.write import save_tensors
@@ -26,20 +24,9 @@ QUICK = ("--steps", 1, "--n", 1)
 DOG = ("--prompt", "a dog")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("world") / "base")
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ckpt(base, tmp_path_factory):
     return write_ckpt(base, tmp_path_factory.mktemp("result") / "best.safetensors")
-
-
-@pytest.fixture
-def copy(base, tmp_path_factory):
-    """A copy of the base, which a test may change."""
-    return Path(shutil.copytree(base, tmp_path_factory.mktemp("copy") / "base"))
 
 
 @pytest.fixture
@@ -60,10 +47,6 @@ def prompted(*prompts):
 
 def pixels(folder):
     return {path.name: Image.open(path).tobytes() for path in Path(folder).iterdir()}
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---------------------------------------------------------------------------------------------- what it draws
@@ -171,34 +154,18 @@ def test_png_carries_its_settings(run, base, ckpt, elsewhere):
 def test_too_long_a_prompt_is_drawn_with_a_warning(run, base, capsys):
     prompt = "a dog " * 37 + "on the Moon, with the Statue of Liberty in the background"
     assert run("--base", base, *prompted(prompt, "a dog")) == 0
-    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    out, err = capsys.readouterr()
+    (warning,) = [line for line in err.splitlines() if "warning" in line]
     assert "Moon, with the Statue of Liberty in the background" in warning and "a dog" not in warning
-    assert len(files_in(Path("outputs"))) == 3
-
-
-def test_no_picture_replaces_another(run, base, ckpt, tmp_path):
-    """Other prompts, settings or checkpoints: other files, in later runs too. The identical command: the same files."""
-    prompts = ["", "!?", "犬", "../../etc/passwd", "a/b", "a b", "A B", "a-b-2", "x" * 400, "x" * 401, "grid"]
-    commands = [("--base", base, *prompted(*prompts)), ("--base", base, *DOG, "--guidance", 2), ("--ckpt", ckpt, *DOG)]
-    saved = {}
-    for command in commands:
-        assert run(*command) == 0
-        assert contents(tmp_path).items() > saved.items()
-        saved = contents(tmp_path)
-    assert {path.parent for path in saved} == {Path("outputs")} and Path("outputs/犬-0.png") in saved
-    assert len(saved) == len(prompts) + 2 + len(commands)  # with a page each
-    assert {parameters(path)["prompt"] for path in saved} > {*prompts, "a dog"}
-    assert run(*commands[0]) == run(*commands[-1]) == 0 and contents(tmp_path) == saved
+    assert len(files_in(Path("outputs"))) == 3 and "outputs/grid.png" in out
 
 
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-BAD = (
-    "--steps 0, --steps 1.5, --steps 1001, --n 0, --seed -1, --guidance 1e30, --guidance nan, --batch 0, --size big, "
-    "--scheduler best, --skill best, --skill all --prompt x, --device meta, --nonsense, --prompt, --export-single=, "
-    "--export-single x.ckpt, --ckpt=, --out="
-)
+BAD = "--steps 0, --steps 1001, --n 0, --seed -1, --guidance nan, --batch 0, --size big, --scheduler best, "
+BAD += "--skill best, --skill all --prompt x, --device meta, --nonsense, --export-single=, --export-single x.ckpt, "
+BAD += "--ckpt=, --out="
 
 
 @pytest.mark.parametrize("option", [*BAD.split(", "), "--size 17"])
@@ -209,24 +176,17 @@ def test_bad_option_is_one_line(run, base, tmp_path, capsys, option):
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("missing", "missing"),
-        ("cut", ""),
-        ("lacking", "conv_out.weight"),
-        ("nan", "not finite"),
-        ("base gone", "--base"),
-    ],
+    ("kind", "words"), [("lacking", "conv_out.weight"), ("nan", "not finite"), ("base gone", "--base")]
 )
 def test_bad_checkpoint_is_one_line(run, base, ckpt, tmp_path, elsewhere, capsys, kind, words):
     path, tensors = elsewhere / f"{kind}.safetensors", load_file(ckpt)
+    assert run("--ckpt", path) == 2
+    assert "missing" in error_line(capsys)
     if kind == "lacking":
         del tensors["conv_out.weight"]
     elif kind == "nan":
         tensors["conv_out.bias"][0] = torch.nan
-    if kind != "missing":
-        save_tensors(tensors, path, {"base": "no/such/base" if kind == "base gone" else str(base)})
-        os.truncate(path, 1000 if kind == "cut" else path.stat().st_size)
+    save_tensors(tensors, path, {"base": "no/such/base" if kind == "base gone" else str(base)})
     assert run("--ckpt", path) == 2
     line = error_line(capsys)
     assert words in line and (str(path) in line or kind == "nan") and files_in(tmp_path) == []
@@ -237,13 +197,13 @@ def test_bad_checkpoint_is_one_line(run, base, ckpt, tmp_path, elsewhere, capsys
     ("file", "text"),
     [(f"unet/{WEIGHTS}", None), ("tokenizer/tokenizer_config.json", '{"model_max_length": 78}'), ("rpo.json", "{")],
 )
-def test_a_bad_base_is_one_line(run, copy, tmp_path, capsys, file, text):
-    (copy / file).unlink() if text is None else (copy / file).write_text(text, encoding="utf-8")
-    assert run("--base", copy) == 2
+def test_a_bad_base_is_one_line(run, base, tmp_path, capsys, file, text):
+    (base / file).unlink() if text is None else (base / file).write_text(text, encoding="utf-8")
+    assert run("--base", base) == 2
     assert Path(file).parts[0] in error_line(capsys) and files_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("out", ["file", "file/below", "file/far/below", "taken", "my_photos"])
+@pytest.mark.parametrize("out", ["file/far/below", "taken", "my_photos"])
 def test_where_nothing_can_or_should_be_written_is_one_line(run, base, tmp_path, capsys, out):
     (tmp_path / "file").write_text("a file", encoding="utf-8")
     (tmp_path / "taken" / "grid.png").mkdir(parents=True)
@@ -291,28 +251,24 @@ def start(*arguments, **streams):
     return subprocess.Popen([sys.executable, sample.__file__, *map(str, options)], text=True, **streams)
 
 
-def test_as_a_command_of_its_own(base, tmp_path):
+def test_as_a_command_of_its_own(tmp_path):
     """The exit status and the streams, as a shell sees them."""
-    streams = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with start("--ckpt", "no", **streams) as bad, start("--base", base, **streams) as good:
+    with start("--ckpt", "no", cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as bad:
         out, err = bad.communicate(timeout=60)
         assert (bad.returncode, out, err.count("\n")) == (2, "", 1) and err.startswith("sample.py: error: ")
-        out, err = good.communicate(timeout=60)
-        assert good.returncode == 0 and "outputs/grid.png" in out and "Traceback" not in err
 
 
-@pytest.mark.parametrize("broken", ["closed", "full", "no reader", "no terminal"])
+@pytest.mark.parametrize("broken", ["closed", "full", "no reader"])
 def test_a_broken_output_loses_no_picture(base, tmp_path, broken):
     if broken == "closed":  # as by 2>&-
         process = start("--base", base, cwd=tmp_path, preexec_fn=lambda: os.close(2))
     else:
         if broken == "full":
             end = os.open("/dev/full", os.O_WRONLY)
-        else:  # a pipe such as | true, or a terminal that was closed under nohup
-            reader, end = os.pipe() if broken == "no reader" else pty.openpty()
+        else:  # a pipe such as | true
+            reader, end = os.pipe()
             os.close(reader)
-        streams = {"stdout": end, "stderr": end, "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
-        process = start("--base", base, cwd=tmp_path, **streams)
+        process = start("--base", base, cwd=tmp_path, stdout=end, stderr=end)
         os.close(end)
     assert process.wait(timeout=60) == 0
     assert files_in(tmp_path / "outputs") == [*(f"a-dog-{seed}.png" for seed in range(3)), "grid.png"]
@@ -334,12 +290,12 @@ def test_one_file_holds_what_the_folder_and_the_checkpoint_hold(base, ckpt, run,
     assert drawn[0].std() > 5
 
 
-def test_an_export_replaces_an_export_and_nothing_else(base, copy, ckpt, run, tmp_path, capsys):
+def test_an_export_replaces_an_export_and_nothing_else(base, ckpt, run, tmp_path, capsys):
     own, other = (shutil.copyfile(ckpt, tmp_path / name) for name in ("own.safetensors", "cat.safetensors"))
-    weights = copy / "vae" / WEIGHTS
+    weights = base / "vae" / WEIGHTS
     before = {path: path.read_bytes() for path in (own, other, weights)}
     for source, target in ((own, tmp_path / "sub" / ".." / own.name), (ckpt, other), (ckpt, weights)):
-        assert run("--ckpt", source, "--base", copy, "--export-single", target) == 2
+        assert run("--ckpt", source, "--base", base, "--export-single", target) == 2
         assert "another name" in error_line(capsys)
     assert {path: path.read_bytes() for path in before} == before
     assert [run("--ckpt", ckpt, "--export-single", "whole.safetensors") for _ in range(2)] == [0, 0]
