@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from tiny import call, error_line, write_base, write_metrics, write_photos
+from tiny import call, error_line
 
 from benchmarks import common, dreambooth_peer, full_size, memory, phases, release, run
 from model.align import ALIGN
@@ -19,20 +19,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = write_base(tmp_path_factory.mktemp("benchmarks") / "base")
-    write_metrics(folder / "metrics", folder / "tokenizer")
-    return folder
+def dog(world):
+    return load_subject(world / "dog")
 
 
 @pytest.fixture(scope="module")
-def dog(tmp_path_factory):
-    return load_subject(write_photos(tmp_path_factory.mktemp("photos") / "dog"))
-
-
-@pytest.fixture(scope="module")
-def pair(base):
-    return common.Pair(base, CPU)
+def pair(measured):
+    return common.Pair(measured, CPU)
 
 
 def watch(calls, **modules):
@@ -42,16 +35,16 @@ def watch(calls, **modules):
 
 
 JOBS = {
-    "unet": lambda pair, base: run.unet_rows(pair, 1, 8, 1),
-    "drawing": lambda pair, base: run.drawing_rows(pair, 1, 2, 16, 1),
-    "training": lambda pair, base: run.training_rows(pair, base, [], 1),
-    "lora": lambda pair, base: run.training_rows(pair, base, ["--lora-rank", "2"], 1),
+    "unet": lambda pair, measured: run.unet_rows(pair, 1, 8, 1),
+    "drawing": lambda pair, measured: run.drawing_rows(pair, 1, 2, 16, 1),
+    "training": lambda pair, measured: run.training_rows(pair, measured, [], 1),
+    "lora": lambda pair, measured: run.training_rows(pair, measured, ["--lora-rank", "2"], 1),
 }
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_the_same_job_is_timed_in_each_layout_and_another_is_refused(job, pair, base):
-    rows = JOBS[job](pair, base)
+def test_the_same_job_is_timed_in_each_layout_and_another_is_refused(job, pair, measured):
+    rows = JOBS[job](pair, measured)
     assert len(rows) == (4 if job == "unet" else 2) == 2 * sum("both channels_last" in row for row in rows)
     ours, theirs = pair.ours.unet, pair.theirs.unet
     assert theirs.conv_in.weight.is_contiguous()  # the layout of the last row
@@ -59,7 +52,7 @@ def test_the_same_job_is_timed_in_each_layout_and_another_is_refused(job, pair, 
     assert not ours.conv_in.weight.requires_grad and not any("lora" in name for name, _ in ours.named_modules())
     theirs.conv_out.bias.data += 0.1
     with pytest.raises(ValueError, match="cannot be compared"):
-        JOBS[job](pair, base)
+        JOBS[job](pair, measured)
     theirs.conv_out.bias.data -= 0.1
 
 
@@ -105,8 +98,8 @@ def test_the_peak_of_memory_counts_from_its_reset_and_a_killed_process_is_out_of
 
 
 @pytest.mark.parametrize("part", full_size.PARTS)
-def test_full_size_loads_and_runs_each_part_as_the_libraries_do(part, base):
-    (ours, _), (theirs, _) = (full_size.run(part, base / part, mine, 8) for mine in (True, False))
+def test_full_size_loads_and_runs_each_part_as_the_libraries_do(part, measured):
+    (ours, _), (theirs, _) = (full_size.run(part, measured / part, mine, 8) for mine in (True, False))
     assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-4)
 
 
@@ -120,9 +113,9 @@ def test_a_phase_within_a_phase_counts_once():
     assert clock.seconds["validation"] >= 0.2 > clock.seconds["saving"] >= 0.01 and clock.open == ["load"]
 
 
-def test_a_whole_run_by_phase(base, dog, tmp_path):
+def test_a_whole_run_by_phase(measured, dog, tmp_path):
     argv = ["--steps", "3", "--validate-every", "2", "--images-per-prompt", "1", "--solver-steps", "2"]
-    result = phases.whole(base, "cpu", argv, 1, dog.folder, tmp_path / "run.safetensors")
+    result = phases.whole(measured, "cpu", argv, 1, dog.folder, tmp_path / "run.safetensors")
     assert result["counts"] == {"negatives": 8, "training": 3, "validation": 3 * 8}
     assert all(result["seconds"][name] > 0 for name in phases.PHASES) and result["peak"] > 1e7
     flop = {name: result["flop"][name] / count for name, count in result["counts"].items()}
@@ -132,8 +125,8 @@ def test_a_whole_run_by_phase(base, dog, tmp_path):
     assert f"| {4 / result['seconds']['training']:.0%} |" in training and validation.endswith("|  |  |")
 
 
-def test_the_release_draws_one_by_one_encodes_again_and_scores_as_we_do(base, dog, tmp_path):
-    job = release.Release(base, dog, tmp_path, {"lr": 1e-3, "batch": 2, "guidance": 3.0}, CPU)
+def test_the_release_draws_one_by_one_encodes_again_and_scores_as_we_do(measured, dog, tmp_path):
+    job = release.Release(measured, dog, tmp_path, {"lr": 1e-3, "batch": 2, "guidance": 3.0}, CPU)
     job.load()
     job.load_align()
     calls, pipe = [], job.pipe
@@ -147,8 +140,8 @@ def test_the_release_draws_one_by_one_encodes_again_and_scores_as_we_do(base, do
         assert [(name, len(given)) for name, given in calls] == expected
     assert type(pipe.scheduler).__name__ == "DDIMScheduler" and Image.open(tmp_path / "0.jpg").format == "JPEG"
     assert not torch.equal(job.unet.conv_in.weight, job.base_unet.conv_in.weight)
-    photos = load_photos(dog, 16)
-    reward = Reward(ALIGN.from_pretrained(base / "reward"), BertTokenizer.from_pretrained(base / "reward"), photos, "@")
+    photos, folder = load_photos(dog, 16), measured / "reward"
+    reward = Reward(ALIGN.from_pretrained(folder), BertTokenizer.from_pretrained(folder), photos, "@")
     expected = reward(photos[:1], ["a [V] dog"], 0.3).item()  # "@" is not in the text, so its token stays, as theirs
     assert job.score(photos[0], "a [V] dog") == pytest.approx(expected, abs=1e-4)
 
@@ -167,9 +160,9 @@ def test_totals_of_the_release_and_of_ours():
     assert f"| **ratio** | | | **{other / 24:.1f}** | **{(other + 2 * 96) / 24:.1f}** |" in lines
 
 
-def test_the_recipe_learns_photos_and_keeps_the_class(base, dog):
+def test_the_recipe_learns_photos_and_keeps_the_class(measured, dog):
     settings = {"batch": 2, "class_images": 9, "guidance": 3.0, "solver_steps": 2, "lr": 1e-3}
-    recipe, calls = dreambooth_peer.Recipe(base, dog, settings, CPU), []
+    recipe, calls = dreambooth_peer.Recipe(measured, dog, settings, CPU), []
     recipe.draw_class_images(seed=0)
     pipe = recipe.pipe
     watch(calls, encode=pipe.vae.encoder, text=pipe.text_encoder, unet=pipe.unet)
@@ -195,11 +188,11 @@ def test_two_standard_errors_decide():
     assert lines[-1].endswith("? | yes | **no** | yes |")
 
 
-def test_the_memory_of_a_step_is_measured_for_modes_that_fit(base):
+def test_the_memory_of_a_step_is_measured_for_modes_that_fit(measured):
     argv = ["--batch", "1", "--images-per-prompt", "1"]
-    lora, full = (memory.measure([*mode, *argv], base, 16, CPU, "fp32", 1) for mode in (["--lora-rank", "16"], []))
+    lora, full = (memory.measure([*mode, *argv], measured, 16, CPU, "fp32", 1) for mode in (["--lora-rank", "16"], []))
     assert 0 < lora[0] < full[0] and lora[2] == full[2] == 0 and min(lora[1], full[1]) >= 0
-    assert "| left out: 0.0 GB are free | at most 10 |" in memory.row("lora", base, 16, CPU, "fp32", room=1000)
+    assert "| left out: 0.0 GB are free | at most 10 |" in memory.row("lora", measured, 16, CPU, "fp32", room=1000)
 
 
 @pytest.mark.parametrize(
@@ -212,13 +205,12 @@ def test_the_memory_of_a_step_is_measured_for_modes_that_fit(base):
         (dreambooth_peer, "--quick --threads 1 --seeds 3", ["| ours |", "| diffusers |", "| all but validation |"]),
     ],
 )
-def test_the_command_prints_and_writes_its_tables(module, flags, expected, base, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_and_writes_its_tables(module, flags, expected, measured, tmp_path, monkeypatch, capsys):
     written = tmp_path / "RESULTS.md"
-    assert call(module, monkeypatch, *flags.split(), "--base", base, "--device", "cpu", "--write", written) == 0
+    assert call(module, monkeypatch, *flags.split(), "--base", measured, "--device", "cpu", "--write", written) == 0
     printed, written = capsys.readouterr().out, written.read_text(encoding="utf-8")
     assert all(text in printed and text in written for text in expected)
 
 
-@pytest.mark.parametrize("flags", [("--side", 100), ("--device", "none")])
-def test_what_cannot_be_measured_is_one_line(flags, monkeypatch, capsys):
-    assert call(memory, monkeypatch, *flags) == 2 and error_line(capsys)
+def test_what_cannot_be_measured_is_one_line(monkeypatch, capsys):
+    assert call(memory, monkeypatch, "--side", 100) == 2 and error_line(capsys)

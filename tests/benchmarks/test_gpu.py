@@ -2,10 +2,11 @@
 
 import json
 import time
+from collections import Counter
 
 import pytest
 import torch
-from tiny import call
+from tiny import call, error_line
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu import command, drawing, training
 from benchmarks.gpu import job as tools
-from benchmarks.gpu.command import bring, markdown, run_part, work
+from benchmarks.gpu.command import markdown, run_part, work
 from benchmarks.gpu.job import FAILED, Job
 from model.stable_diffusion import StableDiffusion, guided
 from reward import Reward
@@ -53,19 +54,16 @@ TABLES = {  # of each part, and how many rows
 
 
 def test_the_base_is_made_in_a_process_of_its_own(job):
-    assert not rows_of(job, FAILED)
     assert [row["network"] for row in rows_of(job, "The base of random weights")] == [*tools.NETWORKS]
     assert all(row["value"] > 0 for row in rows_of(job, "The machine"))
-    assert [row["part"] for row in rows_of(job, "Time of the parts")] == ["base"]
+    assert [row["part"] for row in rows_of(job, "Time of the parts")] == ["base"] and not rows_of(job, FAILED)
 
 
 @pytest.mark.parametrize("part", TABLES)
 def test_a_part_fills_its_tables(part, job, tmp_path):
     job = job._replace(rows=tmp_path / "rows.jsonl")
     work(part, job)
-    assert not rows_of(job, FAILED)
-    assert {table: len(rows_of(job, table)) for table in TABLES[part]} == TABLES[part]
-    assert {row["table"] for row in rows_of(job)} == TABLES[part].keys()
+    assert Counter(row["table"] for row in rows_of(job)) == TABLES[part]
     for row in rows_of(job):
         assert all(value >= 0 for value in row.values() if isinstance(value, float))
     text = markdown(rows_of(job))
@@ -118,28 +116,17 @@ def test_the_command_stops_in_time_and_brings_files_in_pieces(tmp_path, monkeypa
     assert [row["what"] for row in rows if row["table"] == FAILED] == ["base", "drawing"]
     text = (tmp_path / "out" / "results.md").read_text()
     assert text in capsys.readouterr().out and "stopped when the time was over" in text
-    bring([tmp_path / "missing"], tmp_path)
-
-
-def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):
-    assert call(command, monkeypatch, "--device", "cuda:99") == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-KERNELS = {
-    "pytorch_flash::flash_fwd_kernel<...>": "attention",
-    "multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>": "AdamW, clipping",
-    "at::native::RowwiseMomentsCUDAKernel<float>": "norms",
-    "Memcpy HtoD (Pinned -> Device)": "copies, casts, layouts",
-    "vectorized_elementwise_kernel<4, bfloat16_copy_kernel_cuda>": "copies, casts, layouts",
-    "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32": "products, convolutions",
-    "vectorized_elementwise_kernel<4, silu_kernel>": "element by element",
-}
+    capsys.readouterr()
+    assert call(command, monkeypatch, "--device", "cuda:99") == 2 and error_line(capsys)
 
 
 def test_the_names_of_kernels_tell_their_kind():
-    assert {name: drawing.kind_of(name) for name in KERNELS} == KERNELS
-    assert {*KERNELS.values()} == {*drawing.KINDS}
+    names = ["pytorch_flash::flash_fwd_kernel<...>", "multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>"]
+    names += ["at::native::RowwiseMomentsCUDAKernel<float>", "Memcpy HtoD (Pinned -> Device)"]
+    names += ["sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "vectorized_elementwise_kernel<4, silu_kernel>"]
+    kinds = ["attention", "AdamW, clipping", "norms", "copies, casts, layouts", "products, convolutions"]
+    assert [drawing.kind_of(name) for name in names] == [*kinds, "element by element"]
+    assert {*kinds, "element by element"} == {*drawing.KINDS}
 
 
 # ----------------------------------------------------------------------------- without a GPU: neither waits nor mix-ups
@@ -183,24 +170,6 @@ class Reads(TorchFunctionMode):
         if (name := getattr(function, "__name__", "")) in self.methods:
             self.found.append(name)
         return function(*arguments, **(options or {}))
-
-
-def test_the_accelerator_sees_waits_and_mixed_devices():
-    here, there = torch.ones(3), torch.ones(3, device=META)
-    with Accelerator() as gpu:
-        here.to(META, non_blocking=True)
-        assert not gpu.waits
-        here.to(META)
-        there.copy_(here)
-        assert gpu.waits == [(3,), (3,)]
-        for read in (there.sum().item, there.tolist, there.cpu, lambda: bool(there.sum() > 0), lambda: there[here > 0]):
-            with pytest.raises((RuntimeError, NotImplementedError)):
-                read()
-        with pytest.raises(RuntimeError):
-            here + there
-    with Reads() as reads:
-        assert here.sum().item() and here.tolist() and here.cpu() is here and bool(here.sum() > 0)
-    assert reads.found == ["item", "tolist", "cpu", "__bool__"]
 
 
 @pytest.fixture(scope="module")
