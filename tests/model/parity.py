@@ -1,22 +1,51 @@
-"""Helpers of the parity tests: random weights that make mistakes visible, and distances."""
+"""Helpers of the parity tests: small U-Nets, random weights that make mistakes visible, and distances."""
 
 import torch
 
+DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+SD = {
+    "block_out_channels": (16, 32, 48, 48),
+    "down_block_types": (DOWN[0],) * 3 + (DOWN[1],),
+    "up_block_types": (UP[0],) + (UP[1],) * 3,
+    "layers_per_block": 2,
+    "cross_attention_dim": 24,
+    "norm_num_groups": 8,
+}
+UNETS = {  # small ones
+    "sd1": SD | {"attention_head_dim": 4},
+    "sd2": SD | {"attention_head_dim": (1, 2, 3, 6), "use_linear_projection": True, "upcast_attention": True},
+    "toy": SD  # other levels read the prompt, one layer a block
+    | {
+        "block_out_channels": (16, 32, 48),
+        "down_block_types": (DOWN[1], DOWN[0], DOWN[0]),
+        "up_block_types": (UP[1], UP[1], UP[0]),
+        "layers_per_block": 1,
+        "attention_head_dim": (1, 2, 6),
+    },
+}
 
+
+@torch.no_grad()
 def randomise(network, quiet=False):
-    """Fill a network of transformers: weights of a trained size, norms away from their defaults.
+    """Fill a network of transformers: weights of a trained size, norms and their statistics away from the defaults.
 
     quiet: 25 times smaller, so that every norm sees a tiny variance and its eps shows.
     """
-    source = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            noise = torch.randn(parameter.shape, generator=source)
-            if "norm" in name or "layrnorm" in name:
-                parameter.copy_(1 + 0.3 * noise if name.endswith("weight") else 0.3 * noise)
-            else:
-                scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and "embedding" not in name else 0.5
-                parameter.copy_(noise * scale / (25 if quiet else 1))
+    source, scale = torch.Generator().manual_seed(0), 0.04 if quiet else 1
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=source)
+        if any(norm in name.lower() for norm in ("norm", "layrnorm", "bn")):
+            # BERT feeds each LayerNorm what the last one gave, so they must be quiet as well
+            level = scale if "LayerNorm" in name else 1
+            parameter.copy_(level * (1 + 0.3 * noise if name.endswith("weight") else 0.3 * noise))
+        else:
+            size = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and "embedding" not in name else 0.5
+            parameter.copy_(noise * size * scale)
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(0.3 * scale * torch.randn(buffer.shape, generator=source))
+        elif name.endswith("running_var"):
+            buffer.copy_(scale**2 * (0.2 + torch.rand(buffer.shape, generator=source)))
     return network.eval()
 
 

@@ -5,38 +5,17 @@ import json
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from parity import disturb, relative, untrained
+from parity import UNETS, disturb, relative, untrained
 
 from model.files.config import config_from
 from model.files.errors import CheckpointError
 from model.unet import UNet, UNetConfig
 
-DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
-SMALL = {
-    "block_out_channels": (16, 32, 48, 48),
-    "down_block_types": (DOWN[0],) * 3 + (DOWN[1],),
-    "up_block_types": (UP[0],) + (UP[1],) * 3,
-    "layers_per_block": 2,
-    "cross_attention_dim": 24,
-    "norm_num_groups": 8,
-}
-KINDS = {
-    "sd1": {"attention_head_dim": 4},
-    "sd2": {"attention_head_dim": (1, 2, 3, 6), "use_linear_projection": True, "upcast_attention": True},
-    "toy": {  # other levels read the prompt, one layer a block
-        "block_out_channels": (16, 32, 48),
-        "down_block_types": (DOWN[1], DOWN[0], DOWN[0]),
-        "up_block_types": (UP[1], UP[1], UP[0]),
-        "layers_per_block": 1,
-        "attention_head_dim": (1, 2, 6),
-    },
-}
-
 
 def reference(folder, kind="sd1", scale=1.0):
     """A small random UNet2DConditionModel, saved in `folder`."""
     torch.manual_seed(0)
-    network = disturb(UNet2DConditionModel(**SMALL | KINDS[kind]), scale)
+    network = disturb(UNet2DConditionModel(**UNETS[kind]), scale)
     network.save_pretrained(folder)
     return network
 
@@ -51,7 +30,7 @@ def inputs(height=16, width=16):
 # variance. A LayerNorm's is too faint even there: test_full_size.py compares every eps.
 @pytest.mark.parametrize("scale", [1.0, 0.04], ids=["ordinary", "quiet"])
 @pytest.mark.parametrize("size", [(16, 16), (20, 12), (13, 9)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", UNETS)
 @torch.no_grad()
 def test_parity(tmp_path, kind, size, scale):
     theirs = reference(tmp_path, kind, scale)
@@ -75,11 +54,11 @@ def test_timestep_may_be_a_number_or_a_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", UNETS)
 def test_trains(kind, autocast):
     """Gradients for every parameter, the same with checkpointing; channels_last stays; no input is changed."""
     torch.manual_seed(0)
-    unet = UNet(config_from(UNetConfig, SMALL | KINDS[kind])).to(memory_format=torch.channels_last)
+    unet = UNet(config_from(UNetConfig, UNETS[kind])).to(memory_format=torch.channels_last)
     latents, context = inputs(12, 8)
     latents = latents.contiguous(memory_format=torch.channels_last)
     before, grads = (latents.clone(), context.clone()), []
@@ -94,17 +73,6 @@ def test_trains(kind, autocast):
         unet.checkpoint_gradients()
     assert all(map(torch.equal, *grads))
     assert torch.equal(latents, before[0]) and torch.equal(context, before[1])
-
-
-@torch.no_grad()
-def test_bf16_autocast_stays_close(tmp_path):
-    reference(tmp_path)
-    ours = UNet.from_pretrained(tmp_path)
-    latents, context = inputs()
-    exact = ours(latents, 981, context)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ours(latents, 981, context)
-    assert relative(out.float(), exact) < 0.05  # bf16 keeps 8 bits: 0.4 % a rounding, over some forty layers
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -124,7 +92,6 @@ def test_half_precision_distinguishes_neighbouring_timesteps(tmp_path, dtype):
         ("up_block_types", ["UpBlock2D"] * 3 + ["AttnUpBlock2D"], "no possible network: 'AttnUpBlock2D'"),
         ("down_block_types", ["DownBlock2D"], "config"),
         ("attention_head_dim", [1, 2], "config"),
-        ("norm_num_groups", 5, "config"),
         ("layers_per_block", [1, 2, 2, 2], "layers_per_block"),
     ],
 )
@@ -135,13 +102,3 @@ def test_another_kind_of_unet_is_refused(tmp_path, field, value, message):
     with pytest.raises(CheckpointError, match=message) as error:
         UNet.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_an_old_config_with_few_keys_is_understood(tmp_path):
-    theirs = reference(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    old = {name: config[name] for name in ("attention_head_dim", *SMALL)} | {"class_embed_type": None}
-    (tmp_path / "config.json").write_text(json.dumps(old | {"use_linear_projection": None}))
-    latents, context = inputs(8, 8)
-    ours = UNet.from_pretrained(tmp_path)(latents, 1, context)
-    assert relative(ours, theirs(latents, 1, context).sample) <= 1e-5

@@ -7,6 +7,7 @@ from parity import disturb, relative, untrained
 from safetensors.torch import load_file, save_file
 
 from model.vae import VAE, VAEConfig
+from toy.networks import VAE_CONFIG
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -15,15 +16,8 @@ OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_
 def reference(folder, scale=1.0):
     """A small random AutoencoderKL, saved in `folder`."""
     torch.manual_seed(0)
-    config = {
-        "block_out_channels": (16, 32, 32, 48),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "latent_channels": 4,
-    }
-    network = disturb(AutoencoderKL(**config), scale)
+    config = VAE_CONFIG | {"block_out_channels": (16, 32, 32, 48), "layers_per_block": 1, "norm_num_groups": 8}
+    network = disturb(AutoencoderKL.from_config(config | {"latent_channels": 4}), scale)
     network.save_pretrained(folder)
     return network
 
