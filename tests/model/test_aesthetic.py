@@ -46,10 +46,7 @@ def test_equals_plain_layers(tmp_path, name):
     assert (ours(features) - theirs(features)[:, 0]).abs().max() < 1e-5
 
 
-def test_another_clip_or_file_is_refused(tmp_path):
+def test_another_clip_is_refused(tmp_path):
     published(tmp_path / "predictor.pth")
     with pytest.raises(CheckpointError, match=r"ViT-L/14.*layers\.0\.weight is \(1024, 768\) and should be .*512"):
         AestheticPredictor.from_pretrained(tmp_path / "predictor.pth", tiny_clip(512))
-    torch.save({"state_dict": {}}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"other\.pth should hold named tensors"):
-        AestheticPredictor.from_pretrained(tmp_path / "other.pth", tiny_clip(768))

@@ -1,4 +1,4 @@
-"""Every public checkpoint at its full size: keys, shapes and number of parameters, through a file.
+"""Public checkpoints at their full size: keys, shapes and number of parameters, through a file.
 
 The reference network is built on the meta device from the published config.json. Its keys and shapes are written as a
 file with a correct header and no stored numbers, which ours must load strictly. What shapes do not show (a norm's eps,
@@ -19,20 +19,20 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from model.align import ALIGN, ALIGNConfig
-from model.clip import CLIP, CLIPConfig, CLIPTextEncoder
+from model.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPTextEncoder
 from model.dino import DINO, DINOConfig
 from model.files.config import config_from
+from model.files.single_file import describe
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
+from toy.networks import UNET_CONFIG
 
 # Key for key as published, null values and stale ones (the text encoders' bos, eos and pad) included.
 # fmt: off
-UNET = {
-    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "downsample_padding": 1,
-    "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+UNET = UNET_CONFIG | {
+    "_diffusers_version": "0.6.0", "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "in_channels": 4,
+    "layers_per_block": 2, "out_channels": 4, "sample_size": 64,
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
 UNET_2 = UNET | {
@@ -55,12 +55,6 @@ TEXT_2 = TEXT | {
     "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
     "num_hidden_layers": 23, "projection_dim": 512, "torch_dtype": "float16",
 }
-LARGE_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
-LARGE_VISION = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
-    "patch_size": 14, "projection_dim": 768,
-}
-LARGE = {"projection_dim": 768, "text_config": LARGE_TEXT, "vision_config": LARGE_VISION}
 VIT = {
     "hidden_act": "gelu", "hidden_size": 384, "image_size": 224, "intermediate_size": 1536, "layer_norm_eps": 1e-12,
     "num_attention_heads": 6, "num_hidden_layers": 12, "patch_size": 16,
@@ -77,7 +71,6 @@ PUBLISHED = {
     "SD 2.1 text encoder": (CLIPTextEncoder, transformers.CLIPTextModel, TEXT_2, 340_387_840, 372),
     "CLIP B/32": (CLIP, transformers.CLIPModel, {"projection_dim": 512}, 151_277_313, 398),
     "CLIP B/16": (CLIP, transformers.CLIPModel, {"vision_config": {"patch_size": 16}}, 149_620_737, 398),
-    "CLIP L/14": (CLIP, transformers.CLIPModel, LARGE, 427_616_513, 590),
     "ALIGN": (ALIGN, transformers.AlignModel, {"vision_config": EFFICIENTNET}, 172_117_841, 1394),
     "DINO S/16": (DINO, transformers.ViTModel, VIT, 21_665_664, 198),
     "DINO S/8": (DINO, transformers.ViTModel, VIT | {"patch_size": 8}, 21_670_272, 198),
@@ -124,13 +117,6 @@ def norms(network):
     return Counter((type(m).__name__, tuple(m.weight.shape), m.eps) for m in network.modules() if isinstance(m, kinds))
 
 
-def heads(network):
-    """The number of attentions with each number of heads."""
-    names = ["heads"] if isinstance(network, diffusers.ModelMixin) else ["heads", "num_heads", "num_attention_heads"]
-    found = [getattr(m, name, None) for m in network.modules() for name in names]
-    return Counter(each for each in found if isinstance(each, int))
-
-
 def shared(ours, theirs):
     """The fields that both configurations have: {name: (our value, their value)}."""
     found = {}
@@ -158,13 +144,19 @@ def test_full_size(tmp_path, name):
     settings = shared(ours.config, theirs.config)
     assert len(settings) >= 7 and {field: pair for field, pair in settings.items() if pair[0] != pair[1]} == {}
     assert norms(ours) == norms(theirs)
-    if our_class is not VAE:
-        assert heads(ours) == heads(theirs) != {}
-    if our_class in (CLIP, CLIPTextEncoder):
-        x = torch.linspace(-3, 3, 50)
-        mine = [m.activation(x) for m in ours.modules() if hasattr(m, "activation")]
-        public = [m.activation_fn(x) for m in theirs.modules() if hasattr(m, "activation_fn")]
-        assert torch.allclose(torch.stack(mine), torch.stack(public), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "predicts", "unet_values", "text_values"),
+    [("transformer.x", None, UNET, TEXT), ("model.x", "v_prediction", UNET_2, TEXT_2)],
+    ids=["SD 1.5", "SD 2.1"],
+)
+def test_a_single_file_without_configurations_has_the_published_ones(key, predicts, unet_values, text_values):
+    values = describe({f"cond_stage_model.{key}": None}, {}, predicts, "x")
+    assert config_from(UNetConfig, values["unet"]) == config_from(UNetConfig, unet_values)
+    assert config_from(VAEConfig, values["vae"]) == VAEConfig()
+    ours, published = (config_from(CLIPTextConfig, each) for each in (values["text_encoder"], text_values))
+    assert ours == dataclasses.replace(published, eos_token_id=ours.eos_token_id)
 
 
 def test_the_defaults_are_the_published_ones():
