@@ -16,28 +16,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models
 
 from model.files.errors import CheckpointError
 from model.tokenizer import BertTokenizer, CLIPTokenizer
+from toy.networks import write_bert_tokenizer, write_clip_tokenizer
 
 CORPUS = [
     "a photo of a dog on the beach",
     "a red [V] backpack with a mountain in the background",
     "the cat's hat isn't here, they're in the café at 10:45!",
-    "a dog wearing a santa hat; it's the dog we've seen... wow!! 日本語の犬",
+    "a dog wearing a santa hat; it's the dog we've seen... wow!! ## 日本語の犬",  # with a merge that starts with #
 ] * 3
 
 NASTY = [
     "",
-    " ",
     "\t a \n\n dog \r\n",
-    "a photo of a [V] dog",
-    "A PHOTO of a Dog",
-    "hello! world!",
+    "A PHOTO of a [V] Dog",
     "! !! !!! a!b",
-    "it's they're I've isn't we'll I'd I'm IT'S",
-    "'s 't ''s 'x",
+    "it's they're I've isn't we'll I'd I'm IT'S 's 't ''s 'x",
     "3.14159 + 2,718 = 10:45 ½ ² Ⅷ",
     "café cafe\u0301 CAFÉ naïve Ångström \u212b",
     "ﬁnance ＡＢＣ ß ẞ İstanbul ǅ",
@@ -45,37 +42,24 @@ NASTY = [
     "🐶🐕‍🦺 👩🏽‍🚀 a🐶b 🇫🇷",
     "zero\u200bwidth soft\u00adhyphen no\u00a0break \u3000wide \ufeffbom",
     "line\u2028separator next\u0085line null\u0000char bell\u0007 \ufffd",
-    "<|startoftext|> a dog <|endoftext|> more",
-    "<|startoftext|><|endoftext|><|endoftext|>dog",
+    "<|startoftext|> a dog <|endoftext|> more <|endoftext|><|endoftext|>dog",
     "<|STARTOFTEXT|> <|EndOfText|>",
     "<|startoftext a | > <| endoftext |>",
     "[CLS] a [MASK] [mask] [PAD] [SEP] [UNK] dog",
-    "a_b-c/d\\e@f#g$h%i^j&k*l(m)n",
+    "a_b-c/d\\e@f#g$h%i^j&k*l(m)n ##ing ## #a </w> dog</w> \\u0041 \\n",
     "“curly” ‘quotes’ – dash — … &amp; &lt;b&gt;",
     "x" * 300,
-    "supercalifragilisticexpialidocious " * 40,
-    "!" * 200,
-    "dog " * 74 + "cat",
-    "dog " * 75 + "cat",
-    "dog " * 76 + "cat",
-    "##ing ## #a",
-    "</w> dog</w>",
-    "\\u0041 \\n",
+    *("dog " * count + "cat" for count in (74, 75, 76)),
 ]
 
 
-def random_texts(count: int) -> list[str]:
+def random_texts(count):
     """Random mixtures of words, spaces, marks and letters from all over Unicode (no surrogates)."""
     source = random.Random(0)
     ranges = [(32, 127), (160, 384), (0x370, 0x600), (0x4E00, 0x4F00), (0x1F300, 0x1F650), (0, 32), (0x2000, 0x2100)]
     pieces = [*" ".join(CORPUS).split(), " ", "  ", "!", "'s", "[V]", "<|endoftext|>", "[SEP]", "\n"]
-
-    def piece() -> str:
-        if source.random() < 0.6:
-            return source.choice(pieces) + source.choice([" ", "", " "])
-        return "".join(chr(source.randrange(*source.choice(ranges))) for _ in range(source.randrange(1, 6)))
-
-    return ["".join(piece() for _ in range(source.randrange(1, 40))) for _ in range(count)]
+    kinds = [pieces, [f"{piece} " for piece in pieces], *([chr(code) for code in range(*each)] for each in ranges)]
+    return ["".join(source.choice(source.choice(kinds)) for _ in range(source.randrange(1, 60))) for _ in range(count)]
 
 
 TEXTS = NASTY + random_texts(400)
@@ -83,44 +67,24 @@ TEXTS = NASTY + random_texts(400)
 
 def save_clip(folder, normalized=False, **special):
     """vocab.json and merges.txt: 256 byte symbols, the same with `</w>`, some merges, the two special tokens."""
-    folder.mkdir(exist_ok=True)
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    trained.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
-    trainer = trainers.BpeTrainer(vocab_size=900, end_of_word_suffix="</w>", show_progress=False, min_frequency=2)
-    trained.train_from_iterator([word for text in CORPUS for word in text.split()], trainer)
-    merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *("".join(m) for m in merges)])
-    tokens = [*tokens, "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
-    assert len(merges) > 50
-
-    def token(text):
-        flags = {"lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
-        return {"__type": "AddedToken", "content": text, **flags}
-
-    settings = {"bos_token": token("<|startoftext|>"), "eos_token": token("<|endoftext|>"), "model_max_length": 77}
-    settings["pad_token"] = "<|endoftext|>"
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CLIPTokenizer", "unk_token": token("<|endoftext|>"), **settings})
-    )
+    write_clip_tokenizer([CORPUS] * 7, folder)
+    (folder / "special_tokens_map.json").unlink()
+    token = {"__type": "AddedToken", "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
+    start, end = (token | {"content": f"<|{name}|>"} for name in ("startoftext", "endoftext"))
+    settings = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "<|endoftext|>"}
+    settings |= {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     if special:
         (folder / "special_tokens_map.json").write_text(json.dumps(special))
     return folder
 
 
 def save_bert(folder, **settings):
-    """vocab.txt of BERT's shape: special tokens in odd places, letters, `##` letters, whole words and endings."""
-    folder.mkdir(exist_ok=True)
-    words = sorted({word for text in CORPUS for word in text.lower().replace("'", " ").split() if word.isalpha()})
-    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()] + list("日本語犬ßéı")
-    tokens = ["[PAD]", "[unused0]", *letters, *("##" + letter for letter in letters), "[UNK]", "[CLS]", "[SEP]"]
-    tokens = [*tokens, "[MASK]", *words, "##ing", "##og", "##able"]
-    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
-    if settings:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **settings}))
+    """vocab.txt of BERT's shape: special tokens, signs, letters, `##` letters, whole words and endings."""
+    write_bert_tokenizer([CORPUS], folder)
+    with open(folder / "vocab.txt", "a", encoding="utf-8") as file:
+        file.write("\n".join([*"日本語犬ßéı", "##犬", "##ß", "##ing", "##og", "##able", ""]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **settings}))
     return folder
 
 
@@ -200,31 +164,15 @@ def test_a_padding_token_may_be_an_added_one(tmp_path):
     size = len(json.loads((folder / "vocab.json").read_text()))
     in_added_tokens_json(folder, {"<pad>": size})
     assert differing(folder, NASTY) == []
-    assert CLIPTokenizer.from_pretrained(folder).pad_id == size
-
-
-def test_an_added_token_whose_id_cannot_be_kept_is_refused(tmp_path):
-    """transformers gives it the next id without a word, and the text encoder reads another embedding."""
-    folder = save_clip(tmp_path / "tokenizer")
-    size = len(json.loads((folder / "vocab.json").read_text()))
-    in_added_tokens_json(folder, {"<cat-toy>": size + 5})
-    with pytest.raises(CheckpointError, match=f"^[^\n]*<cat-toy> has the id {size + 5}, should be {size}$"):
-        CLIPTokenizer.from_pretrained(folder)
 
 
 def test_clip_special_tokens(tmp_path):
     """`!` is an ordinary token for SD 1 and a padding token, wherever it stands, for SD 2."""
     one = CLIPTokenizer.from_pretrained(save_clip(tmp_path / "one"))
     two = CLIPTokenizer.from_pretrained(save_clip(tmp_path / "two", pad_token="!"))
-    vocab = json.loads((tmp_path / "one" / "vocab.json").read_text())
-    start, end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
-    assert one([""])[0].tolist() == [start] + [end] * 76
-    assert two([""])[0].tolist() == [start, end] + [vocab["!"]] * 75
-    assert one.tokens("dog!") == ["dog</w>", "!</w>"]
+    assert one.tokens("A [V] Dog!") == ["a</w>", "[</w>", "v</w>", "]</w>", "dog</w>", "!</w>"]
     assert two.tokens("dog!") == ["dog</w>", "!"]
-    assert one.tokens("A [V] Dog") == ["a</w>", "[</w>", "v</w>", "]</w>", "dog</w>"]
     assert one([]).shape == (0, 77)
-    assert one(["dog " * 200])[0, -1] == end
 
 
 @pytest.mark.parametrize(
@@ -263,80 +211,50 @@ def test_overflow(tmp_path):
         assert tokenizer.tokens(accents)[: len(kept)] == kept and len(kept) >= tokenizer.length - 2
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"model": {"vocab": {"a": 1}}}'])
-def test_a_broken_tokenizer_json(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"^[^\n]*tokenizer\.json is no tokenizer[^\n]*$"):
-        CLIPTokenizer.from_pretrained(tmp_path)
-
-
-def test_a_tokenizer_json_of_another_model(tmp_path):
-    Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match=r"lacks <\|startoftext\|>, <\|endoftext\|>$"):
-        CLIPTokenizer.from_pretrained(tmp_path)
+OTHER_MODEL = Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).to_str()
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("save", "name", "content", "message"),
     [
-        ("vocab.json", None, "vocab.json is missing"),
-        ("merges.txt", None, "merges.txt cannot be read"),
-        ("vocab.json", "{", "vocab.json cannot be read"),
-        ("vocab.json", "[1]", "vocab.json should hold"),
-        ("vocab.json", '{"a": 1}', "do not fit together"),
-        ("merges.txt", "#version: 0.2\nnever seen\n", "do not fit together"),
-        ("tokenizer_config.json", '{"bos_token": "<s>", "eos_token": "</s>"}', "lacks <s>, </s>"),
-        ("special_tokens_map.json", '{"pad_token": "<pad>"}', "lacks <pad>"),
+        (save_clip, "vocab.json", None, "vocab.json is missing"),
+        (save_clip, "merges.txt", None, "merges.txt cannot be read"),
+        (save_clip, "vocab.json", '{"a": 1}', "do not fit together"),
+        (save_clip, "merges.txt", "#version: 0.2\nnever seen\n", "do not fit together"),
+        (save_clip, "tokenizer_config.json", '{"bos_token": "<s>", "eos_token": "</s>"}', "lacks <s>, </s>"),
+        (save_clip, "special_tokens_map.json", '{"pad_token": "<pad>"}', "lacks <pad>"),
+        (save_clip, "added_tokens.json", '{"<new>": 9999}', "<new> has the id 9999, should be "),  # else it moves
+        (save_bert, "vocab.txt", None, "vocab.txt cannot be read"),
+        (save_bert, "vocab.txt", "[PAD]\n[UNK]\n", "lacks [CLS], [SEP]"),
+        (Path.mkdir, "tokenizer.json", "{}", "tokenizer.json is no tokenizer"),
+        (Path.mkdir, "tokenizer.json", OTHER_MODEL, "lacks <|startoftext|>, <|endoftext|>"),
     ],
 )
-def test_clip_errors(tmp_path, name, content, message):
-    folder = save_clip(tmp_path / "tokenizer")
+def test_bad_files(tmp_path, save, name, content, message):
+    save(folder := tmp_path / "tokenizer")
     (folder / name).unlink(missing_ok=True)
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(CheckpointError) as error:
-        CLIPTokenizer.from_pretrained(folder)
+        (BertTokenizer if save is save_bert else CLIPTokenizer).from_pretrained(folder)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_fits(tmp_path):
     """A network with an id too few, or with too few places, is another tokenizer's."""
-    for tokenizer in (
-        CLIPTokenizer.from_pretrained(save_clip(tmp_path / "clip")),
-        BertTokenizer.from_pretrained(save_bert(tmp_path / "bert")),
-    ):
-        ids, length = max(tokenizer.cutter.get_vocab().values()) + 1, tokenizer.length
-        tokenizer.check_fits(SimpleNamespace(vocab_size=ids, max_position_embeddings=length), "X")
-        for size, most in ((ids - 1, length), (ids, length - 1)):
-            with pytest.raises(CheckpointError, match=rf"^the tokenizer has {ids} ids .* X reads {size} and {most}:"):
-                tokenizer.check_fits(SimpleNamespace(vocab_size=size, max_position_embeddings=most), "X")
+    tokenizer = BertTokenizer.from_pretrained(save_bert(tmp_path))
+    ids = max(tokenizer.cutter.get_vocab().values()) + 1
+    tokenizer.check_fits(SimpleNamespace(vocab_size=ids, max_position_embeddings=64), "X")
+    for size, most in ((ids - 1, 64), (ids, 63)):
+        with pytest.raises(CheckpointError, match=rf"^the tokenizer has {ids} ids .* X reads {size} and {most}:"):
+            tokenizer.check_fits(SimpleNamespace(vocab_size=size, max_position_embeddings=most), "X")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "vocab.txt cannot be read"),
-        (b"[PAD]\n[UNK]\n", "lacks [CLS], [SEP]"),
-        (b"\xff\xfe\x00", "cannot be read"),
-    ],
-)
-def test_bert_errors(tmp_path, content, message):
-    folder = save_bert(tmp_path / "tokenizer")
-    (folder / "vocab.txt").unlink()
-    if content is not None:
-        (folder / "vocab.txt").write_bytes(content)
-    with pytest.raises(CheckpointError) as error:
-        BertTokenizer.from_pretrained(folder)
-    assert message in str(error.value) and "\n" not in str(error.value)
+# ---------------------------------------------------------------------------------- the public vocabulary
 
 
-# ---------------------------------------------------------------------------------- the public vocabulary, whole
-
-
-@pytest.fixture(scope="module")
-def public(tmp_path_factory):
+def test_known_ids_of_the_public_vocabulary(tmp_path):
     """CLIP's own vocabulary of 49,408 tokens, from the merges that the package openai-clip ships, as SD 1.x has it."""
-    folder = tmp_path_factory.mktemp("public")
     package = Path(importlib.util.find_spec("clip").origin).parent  # found, not imported: that would want torchvision
     packed = (package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
     assert hashlib.sha256(packed).hexdigest().startswith("924691ac288e5440")
@@ -345,39 +263,12 @@ def public(tmp_path_factory):
     symbols = [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]
     tokens = symbols + [f"{symbol}</w>" for symbol in symbols] + [merge.replace(" ", "") for merge in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    special = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>") | {"bos_token": "<|startoftext|>"}
-    settings = special | {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("text", "ids"),
-    [
-        ("a photo of a [V] dog", [320, 1125, 539, 320, 314, 341, 316, 1929]),
-        ("a photo of sks dog", [320, 1125, 539, 48136, 1929]),
-        ("hello! world!", [3306, 256, 1002, 256]),
-    ],
-)
-def test_known_ids_of_the_public_vocabulary(public, text, ids):
-    tokenizer = CLIPTokenizer.from_pretrained(public)
-    assert (tokenizer.first_id, tokenizer.last_id, tokenizer.pad_id) == (49406, 49407, 49407)
-    assert tokenizer([text])[0].tolist() == [49406, *ids, *[49407] * (76 - len(ids))]
-
-
-def test_the_public_vocabulary_cuts_everything_as_transformers_does(public):
-    wrong = differing(public, NASTY + random_texts(3000))
-    # Published configurations say normalized: true of the special tokens, transformers without one says false.
-    assert all("<|STARTOFTEXT|>" in text or "<|EndOfText|>" in text for text in wrong), wrong[:3]
-
-
-def test_stable_diffusion_2_pads_with_an_exclamation_mark(public, tmp_path):
-    """special_tokens_map.json wins over tokenizer_config.json, and every "!" of a prompt becomes the padding too."""
-    folder = Path(shutil.copytree(public, tmp_path / "tokenizer"))
-    special = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8")) | {"pad_token": "!"}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
-    ids = CLIPTokenizer.from_pretrained(folder)(["hello! world!"])[0].tolist()
-    assert ids == [49406, 3306, 0, 1002, 0, 49407, *[0] * 71]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    for text, ids in {
+        "a photo of a [V] dog": [320, 1125, 539, 320, 314, 341, 316, 1929],
+        "a photo of sks dog": [320, 1125, 539, 48136, 1929],
+        "hello! world!": [3306, 256, 1002, 256],
+    }.items():
+        assert tokenizer([text])[0].tolist() == [49406, *ids, *[49407] * (76 - len(ids))]
