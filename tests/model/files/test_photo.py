@@ -9,14 +9,14 @@ from PIL import Image, ImageCms
 from model.files.photo import PHOTO_ENDINGS, SubjectError, open_photo
 
 
-def put(folder, name="a.png", image=None, **options):
+def put(folder, name, image, **options):
     folder.mkdir(exist_ok=True)
-    (image or Image.new("RGB", (8, 6), "red")).save(folder / name, **options)
-    return folder
+    image.save(folder / name, **options)
+    return folder / name
 
 
 def saved(tmp_path, image, name="a.png", size=8, **options):
-    opened = open_photo(put(tmp_path / "dog", name, image, **options) / name, size)
+    opened = open_photo(put(tmp_path / "dog", name, image, **options), size)
     assert opened.mode == "RGB" and opened.size == (size, size)
     return opened
 
@@ -49,7 +49,7 @@ def png(side, depth, colours, rows=b"", *chunks):
 
 def test_bad_photos_are_named(tmp_path):
     noise = Image.effect_noise((200, 200), 60)
-    jpeg, whole = ((put(tmp_path / "whole", name, noise) / name).read_bytes() for name in ("a.jpg", "a.png"))
+    jpeg, whole = (put(tmp_path / "whole", name, noise).read_bytes() for name in ("a.jpg", "a.png"))
     contents = {"text.jpg": b"a text file", "empty.png": b"", "signature.png": whole[:8], "flat.png": png(0, 8, 2)}
     contents |= {"truncated.jpg": jpeg[: len(jpeg) // 2], "truncated.png": whole[: len(whole) // 2]}
     contents |= {"bomb.png": png(30_000, 8, 2), "big.png": png(10_000, 8, 2)}  # Pillow only warns of the second
@@ -114,8 +114,8 @@ def is_upright(path):
 def test_exif_orientation(tmp_path, orientation, ending):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    put(tmp_path, f"a.{ending}", SCENE.transpose(STORED[orientation - 2]) if orientation > 1 else SCENE, exif=exif)
-    assert is_upright(tmp_path / f"a.{ending}")
+    scene = SCENE.transpose(STORED[orientation - 2]) if orientation > 1 else SCENE
+    assert is_upright(put(tmp_path, f"a.{ending}", scene, exif=exif))
 
 
 def exif(*tags, end=b""):
@@ -127,38 +127,29 @@ def exif(*tags, end=b""):
 SIX, PAST = (0x112, 3, 1, 6), 2**32 - 1
 GOOD_EXIF = {
     "negative rational": exif((0x11A, 10, 1, 38), SIX, end=struct.pack("<ii", -72, 1)),
-    "0/0": exif((0x11A, 5, 1, 38), SIX, end=bytes(8)),
     "offsets past the end": exif(SIX, (0x10F, 2, 50, PAST), (0x8769, 4, 1, PAST), (0x8825, 4, 1, PAST)),
-    "a loop": exif(SIX, (0x8769, 4, 1, 8)),
-    "an unknown type": exif(SIX, (0x10F, 99, 1, 0)),
     "two orientations": exif((0x112, 3, 2, 0x60006)),
 }
 BAD_EXIF = {
     "no TIFF": b"Exif\0\0no TIFF at all",
-    "nothing": b"Exif\0\0",
-    "cut": exif(SIX)[:18],
     "orientation as text": exif((0x112, 2, 2, ord("6"))),
     "no such orientation": exif((0x112, 3, 1, 99)),
-    "orientation 0/0": exif((0x112, 5, 1, 38), (0x10F, 2, 1, 0), end=bytes(8)),
 }
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("name", [*GOOD_EXIF, *BAD_EXIF])
 def test_only_the_orientation_is_read_of_exif(tmp_path, name, ending, recwarn):
-    put(tmp_path, f"a.{ending}", TURNED if name in GOOD_EXIF else SCENE, exif=(GOOD_EXIF | BAD_EXIF)[name])
-    assert is_upright(tmp_path / f"a.{ending}") and not recwarn.list
+    path = put(tmp_path, f"a.{ending}", TURNED if name in GOOD_EXIF else SCENE, exif=(GOOD_EXIF | BAD_EXIF)[name])
+    assert is_upright(path) and not recwarn.list
 
 
 LONG, XMP, RAW = b"x" * 2**21, b'<x:xmp tiff:Orientation="6"/>', b"\nexif\n  9\n" + exif(SIX).hex().encode()
 PICTURES = b"MPF\0" + exif((0xB001, 4, 1, 3), (0xB002, 7, 5, 38), end=b"short")[6:]
 UNNEEDED = {  # Pillow refuses each
     "a long text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(LONG)),
-    "a long UTF-8 text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(LONG)),
     "a wrong checksum": chunk(b"tEXt", b"Comment\0hello")[:-4] + b"1234",
-    "unknown compression": chunk(b"zTXt", b"Comment\0\7xx"),
     "cut values": chunk(b"pHYs", b"1") + chunk(b"gAMA", b"1") + chunk(b"cHRM", b"1") + chunk(b"sRGB", b""),
-    "frames out of order": chunk(b"fcTL", struct.pack(">IIIIIHHBB", 5, 64, 64, 0, 0, 1, 1, 0, 0)),
     "a broken profile": chunk(b"iCCP", b"no end") + chunk(b"iCCP", b"p\0\0no zlib"),
     "a JPEG's short list of pictures": b"\xff\xe2" + struct.pack(">H", len(PICTURES) + 2) + PICTURES,
 }
@@ -203,7 +194,6 @@ def indexed(*colours):
     "image, profile",
     [
         (Image.new("RGB", (16, 16), (64, 64, 64)), LINEAR),
-        (Image.new("RGBA", (16, 16), (64, 64, 64, 255)), LINEAR),
         (indexed((64, 64, 64)), LINEAR),
         (Image.new("L", (16, 16), 64), LINEAR),
         (Image.new("L", (16, 16), 64), LINEAR_GREY),
@@ -213,7 +203,7 @@ def indexed(*colours):
     ],
 )
 def test_a_profile_counts_in_every_mode(tmp_path, image, profile, ending):
-    kept = {"png": True, "tif": True, "jpg": image.mode in ("L", "RGB"), "webp": image.mode.startswith("RGB")}
+    kept = {"png": True, "tif": True, "jpg": image.mode in ("L", "RGB"), "webp": image.mode == "RGB"}
     if kept[ending]:
         assert near(colour_of(tmp_path, image, f"a.{ending}", icc_profile=profile), (137,) * 3, 1)
         assert near(colour_of(tmp_path, image, f"a.{ending}", icc_profile=b"broken"), (64,) * 3, 1)
@@ -227,17 +217,14 @@ def test_a_profile_of_another_mode_is_ignored(tmp_path, ending, profile):
     assert profile is LINEAR or near(colour_of(tmp_path, rgb, f"a.{ending}", icc_profile=profile), (255, 128, 128), 6)
 
 
-@pytest.mark.parametrize(
-    "mode, values",
-    [
-        ("I;16", {0: 0, 257: 1, 1000: 4, 60000: 233, 65535: 255}),
-        ("F", {0.5: 128, 200.0: 200}),  # up to 1 or up to 255
-        ("1", {0: 0, 1: 255}),
-    ],
-)
-def test_deep_greys_are_scaled_not_clipped(tmp_path, mode, values):
-    for grey, expected in values.items():
-        assert colour_of(tmp_path, Image.new(mode, (8, 8), grey), "a.tif") == (expected,) * 3
+def test_deep_greys_are_scaled_not_clipped(tmp_path):
+    for mode, values in {
+        "I;16": {0: 0, 257: 1, 1000: 4, 60000: 233, 65535: 255},
+        "F": {0.5: 128, 200.0: 200},  # up to 1 or up to 255
+        "1": {0: 0, 1: 255},
+    }.items():
+        for grey, expected in values.items():
+            assert colour_of(tmp_path, Image.new(mode, (8, 8), grey), "a.tif") == (expected,) * 3
     keyed = png(2, 16, 0, b"\0\0\0\xff\xff" * 2, chunk(b"tRNS", b"\1\0"))  # 256 is transparent, and not black
     (tmp_path / "b.png").write_bytes(keyed)
     assert open_photo(tmp_path / "b.png", 2).getpixel((0, 0)) == (0, 0, 0)
@@ -253,16 +240,13 @@ def test_transparency_becomes_white(tmp_path):
     assert near(colour_of(tmp_path, Image.new("RGBA", (8, 8), (0, 0, 0, 128))), (127,) * 3, 1)
 
 
-@pytest.mark.parametrize(
-    "image, name, options",
-    [
-        *[(Image.new("RGBA", (8, 8), (90, 90, 90, 0)), f"a.{ending}", {}) for ending in ("png", "tga", "tif")],
-        (Image.new("RGBA", (8, 8), (90, 90, 90, 0)), "a.webp", {"lossless": True, "exact": True}),
-        (Image.new("LA", (8, 8), (90, 0)), "a.png", {}),
-        (Image.new("L", (8, 8), 90), "a.png", {"transparency": 90}),
-        (indexed((90, 90, 90)), "a.png", {"transparency": 0}),
-    ],
-)
-def test_an_alpha_of_zeros_is_ignored(tmp_path, image, name, options):
+def test_an_alpha_of_zeros_is_ignored(tmp_path):
     """Some programs write it for opaque pictures; the photo would become a white square."""
-    assert colour_of(tmp_path, image, name, **options) == (90, 90, 90)
+    clear, exact = Image.new("RGBA", (8, 8), (90, 90, 90, 0)), {"lossless": True, "exact": True}
+    for image, name, options in (
+        (clear, "a.tif", {}),
+        (clear, "a.webp", exact),
+        (Image.new("LA", (8, 8), (90, 0)), "a.png", {}),
+        (indexed((90, 90, 90)), "a.png", {"transparency": 0}),
+    ):
+        assert colour_of(tmp_path, image, name, **options) == (90, 90, 90)

@@ -16,23 +16,21 @@ from model.files.write import save_tensors, write_atomic
 
 def test_save_and_read(tmp_path):
     path = tmp_path / "new" / "best.safetensors"
-    square = torch.arange(12.0).reshape(3, 4)
     tensors = {
-        "turned": square.T,
+        "turned": torch.arange(12.0).reshape(3, 4).T,
         "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
         "trained": nn.Parameter(torch.ones(2, dtype=torch.bfloat16)),
         "count": torch.tensor(3),
     }
-    metadata = {"prompt": "a [V] dog, é\n", "step": "40"}
-    save_tensors(tensors, path, metadata)
+    save_tensors(tensors, path, {"prompt": "a [V] dog, é\n"})
     assert os.listdir(path.parent) == [path.name]
-    assert read_metadata(path) == metadata
+    assert read_metadata(path) == {"prompt": "a [V] dog, é\n"}
     read = read_tensors(path)
     assert read.keys() == tensors.keys() == load_file(path).keys()
     for name, tensor in read.items():
         assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
     assert tensors["trained"].requires_grad and not tensors["turned"].is_contiguous()
-    save_tensors({"x": square}, path)
+    save_tensors({"x": torch.ones(1)}, path)
     assert read_metadata(path) == {} and read_tensors(path).keys() == {"x"}
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # safetensors alone would make it 0600
@@ -42,41 +40,20 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path):
     tensors = {"weight": torch.randn(3, 5), "bias": torch.randn(5).half(), "count": torch.tensor(7)}
     metadata = {"format": "pt", "noun": 'a "größere" dog\n/\x7f', **{f"key {i}": str(i) for i in range(20)}}
     for i in range(6):  # by chance alone the 22 keys would hardly come in the same order six times
-        save_tensors(tensors, tmp_path / f"{i}.safetensors", dict(sorted(metadata.items(), reverse=i % 2)))
-    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(6)}) == 1
-    assert read_metadata(tmp_path / "0.safetensors") == metadata
-    read = load_file(tmp_path / "0.safetensors")
-    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+        save_tensors(tensors, path := tmp_path / f"{i}.safetensors", dict(sorted(metadata.items(), reverse=i % 2)))
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert read_metadata(path) == metadata
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """Here a limit on the size of a file."""
-    resource = pytest.importorskip("resource")
-    path = tmp_path / "best.safetensors"
-    save_tensors({"x": torch.ones(3)}, path, {"step": "1"})
-    old = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        with pytest.raises(ValueError, match="large"):
-            save_tensors({"x": torch.ones(10_000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
+FULL = [OSError(28, "full"), RuntimeError("full"), SafetensorError("full")]
+OTHERS = [KeyboardInterrupt(), TypeError("a mistake"), torch.OutOfMemoryError(), OSError(12, "Cannot allocate memory")]
 
 
-@pytest.mark.parametrize(
-    ("raised", "seen"),
-    [
-        *[(error, ValueError) for error in (OSError(28, "full"), RuntimeError("full"), SafetensorError("full"))],
-        *[(error, type(error)) for error in (KeyboardInterrupt(), TypeError("a mistake"))],
-        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
-        (OSError(12, "Cannot allocate memory"), OSError),
-    ],
-)
-def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch, raised, seen):
+@pytest.mark.parametrize("raised", [*FULL, *OTHERS], ids=repr)
+def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch, raised):
     """In writing, or in renaming. A full memory is not reported as a file that cannot be written."""
-    path = tmp_path / "a.txt"
+    path, seen = tmp_path / "a.txt", ValueError if raised in FULL else type(raised)
     path.write_text("old")
 
     def fail(*_):
@@ -109,8 +86,6 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def failing(path):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 22")
 
-    with pytest.raises(ValueError, match="unexpected pos"):
-        write_atomic(tmp_path / "state.pt", failing)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     with pytest.raises(ValueError, match="no space left on the disk"):
         write_atomic(tmp_path / "state.pt", failing)
