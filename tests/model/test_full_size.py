@@ -1,4 +1,4 @@
-"""Public checkpoints at their full size: keys, shapes and number of parameters, through a file.
+"""Every public checkpoint at its full size: keys, shapes and number of parameters, through a file.
 
 The reference network is built on the meta device from the published config.json. Its keys and shapes are written as a
 file with a correct header and no stored numbers, which ours must load strictly. What shapes do not show (a norm's eps,
@@ -55,6 +55,12 @@ TEXT_2 = TEXT | {
     "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
     "num_hidden_layers": 23, "projection_dim": 512, "torch_dtype": "float16",
 }
+LARGE_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+LARGE_VISION = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
+    "patch_size": 14, "projection_dim": 768,
+}
+LARGE = {"projection_dim": 768, "text_config": LARGE_TEXT, "vision_config": LARGE_VISION}
 VIT = {
     "hidden_act": "gelu", "hidden_size": 384, "image_size": 224, "intermediate_size": 1536, "layer_norm_eps": 1e-12,
     "num_attention_heads": 6, "num_hidden_layers": 12, "patch_size": 16,
@@ -71,6 +77,7 @@ PUBLISHED = {
     "SD 2.1 text encoder": (CLIPTextEncoder, transformers.CLIPTextModel, TEXT_2, 340_387_840, 372),
     "CLIP B/32": (CLIP, transformers.CLIPModel, {"projection_dim": 512}, 151_277_313, 398),
     "CLIP B/16": (CLIP, transformers.CLIPModel, {"vision_config": {"patch_size": 16}}, 149_620_737, 398),
+    "CLIP L/14": (CLIP, transformers.CLIPModel, LARGE, 427_616_513, 590),
     "ALIGN": (ALIGN, transformers.AlignModel, {"vision_config": EFFICIENTNET}, 172_117_841, 1394),
     "DINO S/16": (DINO, transformers.ViTModel, VIT, 21_665_664, 198),
     "DINO S/8": (DINO, transformers.ViTModel, VIT | {"patch_size": 8}, 21_670_272, 198),
@@ -117,6 +124,13 @@ def norms(network):
     return Counter((type(m).__name__, tuple(m.weight.shape), m.eps) for m in network.modules() if isinstance(m, kinds))
 
 
+def heads(network):
+    """The number of attentions with each number of heads."""
+    names = ["heads"] if isinstance(network, diffusers.ModelMixin) else ["heads", "num_heads", "num_attention_heads"]
+    found = [getattr(m, name, None) for m in network.modules() for name in names]
+    return Counter(each for each in found if isinstance(each, int))
+
+
 def shared(ours, theirs):
     """The fields that both configurations have: {name: (our value, their value)}."""
     found = {}
@@ -144,6 +158,13 @@ def test_full_size(tmp_path, name):
     settings = shared(ours.config, theirs.config)
     assert len(settings) >= 7 and {field: pair for field, pair in settings.items() if pair[0] != pair[1]} == {}
     assert norms(ours) == norms(theirs)
+    if our_class is not VAE:
+        assert heads(ours) == heads(theirs) != {}
+    if our_class in (CLIP, CLIPTextEncoder):
+        x = torch.linspace(-3, 3, 50)
+        mine = [m.activation(x) for m in ours.modules() if hasattr(m, "activation")]
+        public = [m.activation_fn(x) for m in theirs.modules() if hasattr(m, "activation_fn")]
+        assert torch.allclose(torch.stack(mine), torch.stack(public), atol=1e-6)
 
 
 @pytest.mark.parametrize(

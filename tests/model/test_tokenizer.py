@@ -250,11 +250,13 @@ def test_fits(tmp_path):
             tokenizer.check_fits(SimpleNamespace(vocab_size=size, max_position_embeddings=most), "X")
 
 
-# ---------------------------------------------------------------------------------- the public vocabulary
+# ---------------------------------------------------------------------------------- the public vocabulary, whole
 
 
-def test_known_ids_of_the_public_vocabulary(tmp_path):
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
     """CLIP's own vocabulary of 49,408 tokens, from the merges that the package openai-clip ships, as SD 1.x has it."""
+    folder = tmp_path_factory.mktemp("public")
     package = Path(importlib.util.find_spec("clip").origin).parent  # found, not imported: that would want torchvision
     packed = (package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
     assert hashlib.sha256(packed).hexdigest().startswith("924691ac288e5440")
@@ -263,12 +265,39 @@ def test_known_ids_of_the_public_vocabulary(tmp_path):
     symbols = [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]
     tokens = symbols + [f"{symbol}</w>" for symbol in symbols] + [merge.replace(" ", "") for merge in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
-    for text, ids in {
-        "a photo of a [V] dog": [320, 1125, 539, 320, 314, 341, 316, 1929],
-        "a photo of sks dog": [320, 1125, 539, 48136, 1929],
-        "hello! world!": [3306, 256, 1002, 256],
-    }.items():
-        assert tokenizer([text])[0].tolist() == [49406, *ids, *[49407] * (76 - len(ids))]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    special = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>") | {"bos_token": "<|startoftext|>"}
+    settings = special | {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("a photo of a [V] dog", [320, 1125, 539, 320, 314, 341, 316, 1929]),
+        ("a photo of sks dog", [320, 1125, 539, 48136, 1929]),
+        ("hello! world!", [3306, 256, 1002, 256]),
+    ],
+)
+def test_known_ids_of_the_public_vocabulary(public, text, ids):
+    tokenizer = CLIPTokenizer.from_pretrained(public)
+    assert (tokenizer.first_id, tokenizer.last_id, tokenizer.pad_id) == (49406, 49407, 49407)
+    assert tokenizer([text])[0].tolist() == [49406, *ids, *[49407] * (76 - len(ids))]
+
+
+def test_the_public_vocabulary_cuts_everything_as_transformers_does(public):
+    wrong = differing(public, NASTY + random_texts(3000))
+    # Published configurations say normalized: true of the special tokens, transformers without one says false.
+    assert all("<|STARTOFTEXT|>" in text or "<|EndOfText|>" in text for text in wrong), wrong[:3]
+
+
+def test_stable_diffusion_2_pads_with_an_exclamation_mark(public, tmp_path):
+    """special_tokens_map.json wins over tokenizer_config.json, and every "!" of a prompt becomes the padding too."""
+    folder = Path(shutil.copytree(public, tmp_path / "tokenizer"))
+    special = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8")) | {"pad_token": "!"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    ids = CLIPTokenizer.from_pretrained(folder)(["hello! world!"])[0].tolist()
+    assert ids == [49406, 3306, 0, 1002, 0, 49407, *[0] * 71]
