@@ -158,7 +158,7 @@ class RPO:
         return similarity, ref, gen, base_ref, base_gen
 
     def error(self, unet: Callable, x_0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """ℓ of a network, (m,): noise x_0 (m, 4, h, w) with eps at t (m,), and predict under context (m, 77, width)."""
+        """ℓ of a network, (m,): noise x_0 (m, C, h, w) with eps at t (m,), and predict under context (m, 77, width)."""
         scheduler = self.sd.scheduler
         x_t = scheduler.add_noise(x_0, eps, t)  # Eq. 1
         return denoising_loss(unet(x_t, t, context), scheduler.target(x_0, eps, t))
