@@ -64,12 +64,12 @@ def run(tmp_path, monkeypatch, dog):
 def measure(run, capsys):
     """Call evaluate.py for one subject; returns the content of its JSON file, and what it printed."""
 
-    def measured(*arguments):
+    def call_it(*arguments):
         assert run(*arguments) == 0
         out = capsys.readouterr().out
         return read(re.search("numbers are in (.+), the pictures in ", out)[1]), out
 
-    return measured
+    return call_it
 
 
 def folders_of(base):
@@ -182,8 +182,8 @@ def test_same_command_same_files_whatever_the_batch(measure, ckpt, dog):
 def test_flags_win(base, dog, tmp_path, monkeypatch):
     """test_header.py: what is drawn without them. λ is 0.3 also for a checkpoint that another has chosen."""
     path = write_ckpt(base, tmp_path / "a.safetensors", lambda_val="0.7", resolution="24")
-    given = ("--lambda", 0.5, "--guidance", 2, "--solver-steps", 3, "--sampler", "ddim")
-    for options, lam, drawn in ((QUICK, 0.3, "1 DPM++ 2M 3 24x24"), (given, 0.5, "3 DDIM 2 24x24")):
+    given = ("--lambda", 0, "--guidance", 2, "--solver-steps", 3, "--sampler", "ddim")
+    for options, lam, drawn in ((QUICK, 0.3, "1 DPM++ 2M 3 24x24"), (given, 0, "3 DDIM 2 24x24")):
         assert call(evaluate, monkeypatch, "--ckpt", path, "--subject", dog, "--n", 1, *options) == 0
         result = read(tmp_path / "a.eval.json")
         row, (align_i, align_t) = result["images"][0], [result["images"][0][name] for name in NAMES[3:]]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import WEIGHTS, call, error_line, files_in, parameters, write_ckpt
+from trainings import contents
 
 import sample
 from model.files.write import save_tensors
@@ -95,6 +96,11 @@ def test_prompts_seeds_and_grid(run, ckpt):
     for i, name in enumerate(names):
         x, y = 4 + i % 3 * 20, 4 + i // 3 * 20
         assert page.crop((x, y, x + 16, y + 16)).tobytes() == drawn[name]
+    before = contents(Path("a/b"))
+    again = ("--ckpt", ckpt, *options, "--n", 3, "--seed", 7, "--out", "a/b")
+    assert run(*again) == 0 and contents(Path("a/b")) == before
+    assert run(*again, "--guidance", 2) == 0  # other pictures of the same names: none is replaced
+    assert contents(Path("a/b")).items() > before.items() and len(files_in(Path("a/b"))) == 14
 
 
 def test_skills(monkeypatch, run, base, ckpt):

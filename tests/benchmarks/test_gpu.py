@@ -193,6 +193,9 @@ def on_meta(job):
 
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", "2"), ("--checkpoint-gradients",)])
 def test_between_loss_and_step_the_host_reads_nothing(flags, on_meta):
+    with Accelerator() as gpu:
+        torch.ones(3).to(META)
+    assert gpu.waits == [(3,)]  # what it is to find
     here, there = on_meta(*flags)
     with Accelerator() as gpu:
         for step in range(2):

@@ -34,7 +34,7 @@ def randomise(network, quiet=False):
     source, scale = torch.Generator().manual_seed(0), 0.04 if quiet else 1
     for name, parameter in network.named_parameters():
         noise = torch.randn(parameter.shape, generator=source)
-        if any(norm in name.lower() for norm in ("norm", "layrnorm", "bn")):
+        if any(norm in name.lower() for norm in ("norm", "bn")):
             # BERT feeds each LayerNorm what the last one gave, so they must be quiet as well
             level = scale if "LayerNorm" in name else 1
             parameter.copy_(level * (1 + 0.3 * noise if name.endswith("weight") else 0.3 * noise))

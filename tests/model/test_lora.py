@@ -115,6 +115,15 @@ def test_a_step_trains_the_adapters_alone():
     assert difference(output(unet), off(unet)) > 1e-3
 
 
+def test_autocast():
+    unet = adapted().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = unet(*inputs())
+    out.float().square().mean().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in lora.lora_of(unet).parameters())
+    assert difference(out, output(unet)) < 0.1 * difference(off(unet), output(unet))  # bf16's rounding, no more
+
+
 def test_down_comes_from_the_generator_alone():
     first = lora.lora_tensors(adapted(trained=False))
     state = torch.get_rng_state()

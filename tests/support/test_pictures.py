@@ -18,6 +18,7 @@ def plain(*colour, side=16):
         ("कुत्ता बर्फ़ में", "कुत्ता-बर्फ़-में"),  # its vowel signs are marks
         ("dog ❤\ufe0f cat", "dog-cat"),  # a mark without a letter
         ("../../etc/passwd", "etc-passwd"),
+        ("Été à Zürich, №5", "Été-à-Zürich-5"),
         ("!?", "empty"),
         ("x" * 400, "x" * 120),
         ("犬" * 400, "犬" * 40),  # 3 bytes each: the whole name has at most 255

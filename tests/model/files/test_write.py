@@ -1,6 +1,7 @@
 """Files are written whole or not at all, and the same tensors give the same bytes."""
 
 import os
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -44,6 +45,19 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path):
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
     assert read_metadata(path) == metadata
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """Here a limit on the size of a file: safetensors' own error."""
+    save_tensors({"x": torch.ones(3)}, path := tmp_path / "best.safetensors")
+    old, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(ValueError, match="large"):
+            save_tensors({"x": torch.ones(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
 
 
 FULL = [OSError(28, "full"), RuntimeError("full"), SafetensorError("full")]
