@@ -1,14 +1,14 @@
 """The paper's comparisons in miniature: methods and ablations on reserved subjects of the toy world.
 
-    python -m toy.bench --quick              # minutes: two subjects, one seed, the four methods, 120 steps
+    python -m toy.bench --quick              # minutes: two subjects, one seed, the methods, 120 steps
     python -m toy.bench                      # six subjects, two seeds, all groups but lr: hours on two cores
-    python -m toy.bench --only methods loss  # some groups: rpo, methods, loss, lambda_train, beta, coin, lr
+    python -m toy.bench --only methods loss  # some of rpo, methods, loss, dpo, lambda_train, beta, coin, lr
     python -m toy.bench --only rpo --subjects dog-1 --seeds 0 1 2 --images 2  # README's first table
 
 Each variant is trained by train.py's own loop, on the same photos, for the same number of steps, with the settings that
 the base recommends. Then its kept weights generate pictures of the 25 test prompts, from the same noise for all
-variants, and evaluate.py scores them. The test prompts are used for nothing else. Variants that differ only in which
-validation is kept (λ_val, the mean, early stopping) share one run. Pictures that θ₀ generates for several variants are
+variants, and evaluate.py scores them. The test prompts are used for nothing else. Choices among a run's
+validations (λ_val, the mean, no early stopping) share that run. Pictures that θ₀ generates for several variants are
 generated once; their time counts for each of these variants.
 
 Writes to --out: results.jsonl, a line a result; tables.md, whose comparisons use the six subjects only; the figures.

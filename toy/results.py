@@ -11,7 +11,20 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from toy import world
-from toy.variants import EXAMPLE, GROUPS, LAMBDAS, LOGGED, METHODS, SCORES, SUBJECTS, TUNING, VALIDATED, WITH_LABELS
+from toy.variants import (
+    ARITHMETIC,
+    EXAMPLE,
+    GROUPS,
+    LAMBDAS,
+    LAST,
+    LOGGED,
+    METHODS,
+    SCORES,
+    SUBJECTS,
+    TUNING,
+    VALIDATED,
+    WITH_LABELS,
+)
 
 PUBLISHED = """\
 The authors' own, on DreamBench's 30 subjects (arXiv 2407.12164, not measured here):
@@ -87,21 +100,24 @@ class Results:
         """Write tables.md, from the results so far."""
         rpo = ("RPO", "")
         groups = {group: [(name, "") for name in names] for group, names in GROUPS.items()}
-        last = "no early stopping"
-        loss = [rpo, ("RPO", last), *groups["loss"], ("similarity only", last)]
+        last = next(iter(LAST))
+        loss = [variant for name in ("RPO", *GROUPS["loss"]) for variant in ((name, ""), (name, last))]
+        dpo = [("λ_train 0.5", ""), *groups["dpo"], *((name, last) for name in GROUPS["dpo"])]
         coin = [(name, last) for name in ("RPO", *GROUPS["coin"], "similarity only")]
-        mean = [("RPO", "λ_val 0.3"), ("RPO", "λ_val 0.3, arithmetic")]
+        harmonic = [("RPO", choice) for choice in LAMBDAS]
+        mean = [("RPO", choice) for pair in zip(LAMBDAS, ARITHMETIC, strict=True) for choice in pair]
         lines = [
             "Base weights {weights}, {steps} steps, {images} images a prompt, {precision}.\n".format(**self.made_with),
             *self.table("RPO and the base, data/dog", [("base", ""), rpo], EXAMPLE),
-            *self.table("Methods", [rpo, ("base", ""), *groups["methods"][1:]]),
-            *self.table("Loss and early stopping", loss),
-            *self.table("The label's coin", coin),
-            *self.table("λ_val", [("RPO", choice) for choice in LAMBDAS]),
+            *self.table("Methods (Table 1)", [rpo, ("base", ""), *groups["methods"][1:]]),
+            *self.table("Loss and early stopping (Table 2)", loss),
+            *self.table("λ_val (Table 3)", harmonic),
             PUBLISHED,
-            *self.table("Harmonic or arithmetic mean", mean),
-            *self.table("λ_train", [rpo, *groups["lambda_train"]]),
+            *self.table("λ_train (Table 5)", [rpo, *groups["lambda_train"]]),
+            *self.table("Harmonic or arithmetic mean (Table 6)", mean),
+            *self.table("L_pref only, with λ_train 0.5 (Table 7)", dpo),
             *self.table("β", [rpo, *groups["beta"]]),
+            *self.table("The label's coin", coin),
             *self.table("Learning rates", groups["lr"], TUNING),
             *self._label_table(),
         ]
@@ -142,7 +158,7 @@ class Results:
             return len({kept[name] for name in lambdas if name in kept}) == len(lambdas)
 
         run = next(filter(differ, runs), runs[0])
-        self.figure("methods.png", *run, ["base", *METHODS, *GROUPS["loss"]])
+        self.figure("methods.png", *run, ["base", *METHODS, *GROUPS["loss"], *GROUPS["dpo"]])
         self.figure("lambda_val.png", *run, ["base", *lambdas])
 
     def figure(self, file: str, subject: str, seed: int, names: list[str]) -> None:

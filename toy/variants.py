@@ -5,6 +5,7 @@ from __future__ import annotations
 import train
 from baselines.dpg import DPG
 from baselines.dreambooth import DreamBooth
+from baselines.release import Release
 
 # Reserved subjects of toy/world.py: the base was not trained on them.
 SUBJECTS = ("dog-2", "cat-0", "rabbit-1", "backpack-0", "clock-0", "teapot-1")
@@ -25,13 +26,13 @@ Variant = tuple[type[train.RPO], list[str]]  # the method and its flags
 METHODS: dict[str, Variant] = {
     "RPO": (train.RPO, []),
     "DreamBooth": (DreamBooth, ["--keep-last"]),
-    "DPG, look-forward": (DPG, ["--keep-last"]),
-    "DPG, DINO": (DPG, ["--dpg-reward", "dino", "--keep-last"]),
+    "DPG": (DPG, ["--keep-last"]),
 }
 GROUPS: dict[str, dict[str, Variant]] = {
     "rpo": {"RPO": METHODS["RPO"]},
     "methods": METHODS,
-    "loss": {"similarity only": (train.RPO, ["--preference-weight", "0"])},
+    "loss": {"similarity only": (train.RPO, ["--preference-weight", "0"]), "release's form": (Release, [])},
+    "dpo": {"L_pref only": (train.RPO, ["--similarity-weight", "0", "--lambda-train", "0.5"])},
     "lambda_train": {f"λ_train {value}": (train.RPO, ["--lambda-train", value]) for value in ("0.3", "0.5", "0.7")},
     "beta": {f"β {value}": (train.RPO, ["--beta", value]) for value in ("100", "2000")},
     "coin": {"RPO, P for y": (CertainLabel, [])},
@@ -41,19 +42,15 @@ GROUPS: dict[str, dict[str, Variant]] = {
         for lr in RATES
     },
 }
-WITH_LABELS = ("rpo", "loss", "coin", "lambda_train", "beta")  # the groups whose loss has labels and margins
+WITH_LABELS = ("rpo", "loss", "dpo", "coin", "lambda_train", "beta")  # the groups whose loss has labels and margins
 
 # How a checkpoint can be chosen among the validations of one run: by (λ_val, mean), or None: the last one.
-CHOICES = {
-    "λ_val 0.3": (0.3, "harmonic"),
-    "λ_val 0.5": (0.5, "harmonic"),
-    "λ_val 0.7": (0.7, "harmonic"),
-    "λ_val 0.3, arithmetic": (0.3, "arithmetic"),
-    "no early stopping": None,
-}
-LAMBDAS = list(CHOICES)[:3]
+LAMBDAS = {f"λ_val {value}": (value, "harmonic") for value in (0.3, 0.5, 0.7)}
+ARITHMETIC = {f"λ_val {value}, arithmetic": (value, "arithmetic") for value in (0.3, 0.5, 0.7)}
+LAST = {"no early stopping": None}
+CHOICES = LAMBDAS | ARITHMETIC | LAST
 # The choices that are scored, for each variant, besides the checkpoint that train.py keeps.
-SELECTED = {"RPO": CHOICES, **{name: {"no early stopping": None} for name in ("similarity only", "RPO, P for y")}}
+SELECTED = {"RPO": CHOICES, **dict.fromkeys((*GROUPS["loss"], *GROUPS["dpo"], *GROUPS["coin"]), LAST)}
 
 # Columns of the tables: title -> name in results.jsonl.
 VALIDATED = {"λ-Harmonic": "reward", "ALIGN-I": "align_i", "ALIGN-T": "align_t"}  # on the validation prompts

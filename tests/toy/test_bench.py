@@ -85,7 +85,8 @@ def test_each_choice_keeps_its_own_validation():
         200: [(0.1, 0.1)],
     }
     run.scored = {step: tuple(torch.tensor(pairs).T) for step, pairs in pictures.items()}
-    kept = {"λ_val 0.3": 40, "λ_val 0.5": 80, "λ_val 0.7": 120, "λ_val 0.3, arithmetic": 160, "no early stopping": 200}
+    arithmetic = {"λ_val 0.3, arithmetic": 160, "λ_val 0.5, arithmetic": 160, "λ_val 0.7, arithmetic": 120}
+    kept = {"λ_val 0.3": 40, "λ_val 0.5": 80, "λ_val 0.7": 120, **arithmetic, "no early stopping": 200}
     assert {name: run.chosen(choice) for name, choice in CHOICES.items()} == kept
 
 
@@ -98,7 +99,7 @@ def test_every_variant_has_flags_of_its_method(group):
 def test_the_command_writes_tables_and_figures(base, tmp_path, monkeypatch, capsys):
     flags = ("--base", base, "--out", tmp_path, "--subjects", "dog-2", "--seeds", 1, "--steps", 1, "--images", 1)
     assert call(module, monkeypatch, *flags, "--only", "rpo") == 0
-    assert "**λ_val** (one run each: dog-2)" in capsys.readouterr().out
+    assert "**λ_val (Table 3)** (one run each: dog-2)" in capsys.readouterr().out
     assert {"methods.png", "lambda_val.png", "tables.md"} <= {path.name for path in tmp_path.iterdir()}
 
 
