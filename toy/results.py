@@ -100,18 +100,16 @@ class Results:
         """Write tables.md, from the results so far."""
         rpo = ("RPO", "")
         groups = {group: [(name, "") for name in names] for group, names in GROUPS.items()}
-        last = next(iter(LAST))
-        loss = [variant for name in ("RPO", *GROUPS["loss"]) for variant in ((name, ""), (name, last))]
-        dpo = [("λ_train 0.5", ""), *groups["dpo"], *((name, last) for name in GROUPS["dpo"])]
-        coin = [(name, last) for name in ("RPO", *GROUPS["coin"], "similarity only")]
-        harmonic = [("RPO", choice) for choice in LAMBDAS]
+        loss = [variant for name in ("RPO", *GROUPS["loss"]) for variant in ((name, ""), (name, LAST))]
+        dpo = [("λ_train 0.5", ""), *groups["dpo"], *((name, LAST) for name in GROUPS["dpo"])]
+        coin = [(name, LAST) for name in ("RPO", *GROUPS["coin"], "similarity only")]
         mean = [("RPO", choice) for pair in zip(LAMBDAS, ARITHMETIC, strict=True) for choice in pair]
         lines = [
             "Base weights {weights}, {steps} steps, {images} images a prompt, {precision}.\n".format(**self.made_with),
             *self.table("RPO and the base, data/dog", [("base", ""), rpo], EXAMPLE),
             *self.table("Methods (Table 1)", [rpo, ("base", ""), *groups["methods"][1:]]),
             *self.table("Loss and early stopping (Table 2)", loss),
-            *self.table("λ_val (Table 3)", harmonic),
+            *self.table("λ_val (Table 3)", [("RPO", choice) for choice in LAMBDAS]),
             PUBLISHED,
             *self.table("λ_train (Table 5)", [rpo, *groups["lambda_train"]]),
             *self.table("Harmonic or arithmetic mean (Table 6)", mean),

@@ -47,10 +47,10 @@ WITH_LABELS = ("rpo", "loss", "dpo", "coin", "lambda_train", "beta")  # the grou
 # How a checkpoint can be chosen among the validations of one run: by (λ_val, mean), or None: the last one.
 LAMBDAS = {f"λ_val {value}": (value, "harmonic") for value in (0.3, 0.5, 0.7)}
 ARITHMETIC = {f"λ_val {value}, arithmetic": (value, "arithmetic") for value in (0.3, 0.5, 0.7)}
-LAST = {"no early stopping": None}
-CHOICES = LAMBDAS | ARITHMETIC | LAST
+LAST = "no early stopping"
+CHOICES = LAMBDAS | ARITHMETIC | {LAST: None}
 # The choices that are scored, for each variant, besides the checkpoint that train.py keeps.
-SELECTED = {"RPO": CHOICES, **dict.fromkeys((*GROUPS["loss"], *GROUPS["dpo"], *GROUPS["coin"]), LAST)}
+SELECTED = {"RPO": CHOICES, **{name: {LAST: None} for group in ("loss", "dpo", "coin") for name in GROUPS[group]}}
 
 # Columns of the tables: title -> name in results.jsonl.
 VALIDATED = {"λ-Harmonic": "reward", "ALIGN-I": "align_i", "ALIGN-T": "align_t"}  # on the validation prompts
