@@ -25,14 +25,15 @@ from model.files.config import config_from
 from model.files.single_file import describe
 from model.unet import UNet, UNetConfig
 from model.vae import VAE, VAEConfig
-from toy.networks import UNET_CONFIG
 
 # Key for key as published, null values and stale ones (the text encoders' bos, eos and pad) included.
 # fmt: off
-UNET = UNET_CONFIG | {
-    "_diffusers_version": "0.6.0", "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "in_channels": 4,
-    "layers_per_block": 2, "out_channels": 4, "sample_size": 64,
+UNET = {
+    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "downsample_padding": 1,
+    "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
 UNET_2 = UNET | {
