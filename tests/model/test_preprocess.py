@@ -21,11 +21,38 @@ from model.files.config import config_from
 from model.files.errors import CheckpointError
 from toy.networks import PREPROCESSORS as TOY
 
-# The toy's files have the later spelling of sizes, such as {"shortest_edge": 128} for 128.
+# The public preprocessor_config.json of each. The toy's files have the later spelling of sizes: {"shortest_edge": 128}.
 PUBLISHED = {
-    "align": TOY["align"] | {"size": {"height": 346, "width": 346}, "crop_size": {"height": 289, "width": 289}},
-    "clip": TOY["clip"] | {"size": 224, "crop_size": 224},
-    "dino": TOY["dino"] | {"size": 224},
+    "align": {
+        "do_resize": True,
+        "size": {"height": 346, "width": 346},
+        "resample": 2,
+        "do_center_crop": True,
+        "crop_size": {"height": 289, "width": 289},
+        "do_rescale": True,
+        "rescale_factor": 0.00784313725490196,
+        "rescale_offset": True,
+        "do_normalize": False,
+        "include_top": False,
+    },
+    "clip": {
+        "do_resize": True,
+        "size": 224,
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": 224,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    "dino": {
+        "do_resize": True,
+        "size": 224,
+        "resample": 2,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    },
 }
 SIDES = {"align": (289, 64), "clip": (224, 128), "dino": (224, 128)}  # published, toy
 OURS = {"align": ALIGNPreprocessor, "clip": CLIPPreprocessor, "dino": DINOPreprocessor}

@@ -10,10 +10,20 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from model.files.errors import CheckpointError
 from model.scheduler import SAMPLERS, Scheduler, SchedulerConfig
-from toy.networks import SCHEDULER
 
 # The public scheduler_config.json of Stable Diffusion 1.5.
-SD = SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
+SD = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
 REFERENCES = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 PREDICTIONS = ("epsilon", "v_prediction")
 
