@@ -29,7 +29,7 @@ from model.unet import UNet
 from reward import MEANS, Reward
 from rpo import RPOLoss, denoising_loss, preference_label, preference_probability, rpo_loss
 from support.randomness import NEGATIVES, VALIDATION, picture_seeds, step_generator
-from support.settings import at_least_0, count, fraction, guidance_scale, ours, paper, positive, seed_number
+from support.settings import at_least_0, count, fraction, guidance_scale, ours, paper, positive, release, seed_number
 from support.start import Run
 
 # ------------------------------------------------------------------------------------------------------- the settings
@@ -37,16 +37,16 @@ from support.start import Run
 
 @dataclass(frozen=True)
 class Settings:
-    """What RPO and the baselines share. `paper`: the value of Table 4; `ours`: the paper has none, or we differ."""
+    """What RPO and the baselines share. Each default is the paper's, the authors' released code's, or ours."""
 
     steps: int = paper(400, count, "gradient steps")
-    batch: int = paper(1, count, "pairs a step")
+    batch: int = release(1, count, "pairs a step")
     lr: float = paper(5e-6, positive, "learning rate of AdamW, constant; with LoRA 1e-4")
     images_per_prompt: int = paper(4, count, "negatives, and validation images, a prompt")
     validate_every: int = paper(40, count, "gradient steps between validations")
     lambda_val: float = paper(0.3, fraction, "λ of the validation's reward")
     mean: str = paper("harmonic", tuple(MEANS), "how ALIGN-I and ALIGN-T become a reward")
-    guidance: float = paper(7.5, guidance_scale, "classifier-free guidance when drawing")
+    guidance: float = release(7.5, guidance_scale, "classifier-free guidance when drawing")
     sampler: str = ours("dpm++", SAMPLERS, "how negatives and validation images are drawn; the release: ddim")
     solver_steps: int = ours(20, count, "steps of the sampler; the release: 50")
     resolution: int | None = ours(None, count, "side of all pictures in pixels (default: the base's; the paper: 512)")

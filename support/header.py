@@ -31,7 +31,7 @@ from support.flags import EMBEDDED_BASE
 from support.settings import checked, count, guidance_scale
 
 VERSION = "0.1.0"
-SOLVER_STEPS, GUIDANCE = 20, 7.5  # without a checkpoint or a recommendation: ours; the paper's
+SOLVER_STEPS, GUIDANCE = 20, 7.5  # without a checkpoint or a recommendation: ours; the release's
 
 
 def header_of(method: str, args: argparse.Namespace, settings, subject: Subject, sd: StableDiffusion) -> dict[str, str]:

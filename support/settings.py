@@ -47,6 +47,11 @@ def paper(default: Any, check: Check, help: str, source: str = "the paper") -> A
     return dataclasses.field(default=default, metadata={"check": check, "help": help, "source": source})
 
 
+def release(default: Any, check: Check, help: str) -> Any:
+    """A dataclass field whose default is the released code's value; we know of none in the paper."""
+    return paper(default, check, help, source="the release")
+
+
 def ours(default: Any, check: Check | None, help: str) -> Any:
     """A dataclass field whose default is this project's choice. check: None for a switch, which only its flag sets."""
     return paper(default, check, help, source="our default")
