@@ -7,23 +7,23 @@
     loss     look-forward: -λ γ^t Q_φ + w ℓ(θ; x_class)
              dino:         -λ γ^t Q_φ + ℓ(θ; x_ref) + w ℓ(θ; x_class)
 
-θ climbs the critic's gradient, φ being fixed, so any reward will do, even one that cannot be differentiated. w is
+θ follows the critic's gradient, with φ fixed, so the reward need not be differentiable. w is
 DreamBooth's prior preservation (arXiv 2208.12242, section 3.3), ℓ the denoising loss.
 
 Where each term is from. We could not open the paper's text. Look-forward is what its authors released
 (github.com/wfanyue/DPG-T2I-Personalization): the critic's input, the unweighted target, γ^t = 0.9986^t outside the
-critic, λ = w = 1, no ε-loss on the photos. A comment there, and the paper's ablation by others' notes, find γ = 1
-better than 0.9986. DINO was never released: r and the added ℓ(θ; x_ref) (the paper's λ Q_φ - ‖ε - ε_θ‖²; it
+critic, λ = w = 1, no ε-loss on the photos. A comment there, and notes by others on the paper's ablation, report that
+γ = 1 is better than 0.9986. DINO was never released: r and the added ℓ(θ; x_ref) (the paper's λ Q_φ - ‖ε - ε_θ‖²; it
 ablates λ = 0.1 and 1) are from two published notes on the paper, which agree; γ^t with DINO is our guess.
 
-How this differs from the paper's setting, for it is compared in our loop, with our steps and learning rate:
+Differences from the paper's setting. All methods are compared in our loop, with our steps and learning rate:
 - Only the U-Net learns; the paper trains the text encoder too (--train-text-encoder), for 1,000 steps at 1e-6, with 8
   class images.
 - The paper's Q adds up the discounted rewards of the steps to come, Q(x_t) = r + γ Q(x_{t-1}) (by the same notes). The
   release and we look at one t at a time, weighted by γ^t, each sample by its own t (the release: all by the first's).
 - The release's critic is a convolution to one channel and two linear layers for 64x64 latents (0.26 M), in half
   precision, SGD 0.01, non-negative at the start. Ours is convolutional, so it takes every size, and trains by AdamW.
-- φ steps before θ, as in DDPG, not after: Q is zero at the start and would have nothing to say in the first step.
+- φ steps before θ, as in DDPG, not after: Q is zero at the start, so θ would have no gradient in the first step.
 - The release's critic predicts the error -r and θ descends it: the same with the sign turned.
 """
 

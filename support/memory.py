@@ -94,7 +94,8 @@ def print_estimate(args: argparse.Namespace, device: torch.device) -> bool:
     """Print the estimate; return True if the GPU has less free, after a warning. Raises CheckpointError as loading."""
     parts, free = estimate_of(args), free_memory(device)
     total, listed = sum(parts.values()), ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    print(f"memory, estimated: {total / 1e9:.1f} GB ({listed})")
+    pairs, pictures = args.settings.batch, args.settings.pictures_a_pair
+    print(f"memory, estimated: {total / 1e9:.1f} GB for {pairs} x {pictures} pictures a step ({listed})")
     if total > free:
         print(f"warning: this GPU has {free / 1e9:.1f} GB free: {remedy(args)}")
     return total > free
