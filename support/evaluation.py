@@ -87,15 +87,9 @@ def parse(description: str) -> argparse.Namespace:
     add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--subject", type=flags.path, help="a folder with the subject's photos")
     what.add_argument("--dreambench", type=flags.path, metavar="FOLDER", help="the public data set, a folder a subject")
-    add(
-        "--ckpt",
-        type=flags.text,
-        help="of train.py; with --dreambench, {subject} is each folder's name (default: the base alone)",
-    )
+    add("--ckpt", type=flags.text, help="of train.py; {subject}: each folder of --dreambench (default: the base alone)")
     add("--noun", type=flags.text, help="what it is (default: the checkpoint's, or from the folder's name)")
-    add(
-        "--live", action=argparse.BooleanOptionalAction, help="a living subject, or a thing (default: the checkpoint's)"
-    )
+    add("--live", action=argparse.BooleanOptionalAction, help="living, not a thing (default: the checkpoint's)")
     add("--token", type=flags.text, help="the unique token (default: the checkpoint's, or [V])")
     own = "a text file with a prompt a line, with {V} and {noun} (default: DreamBench's 25)"
     add("--prompts", type=flags.prompts, metavar="FILE", help=own)
