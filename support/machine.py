@@ -109,13 +109,8 @@ class Machine:
     def place(self, batch: Batch) -> Batch:
         """This process's part of a batch, a NamedTuple of tensors (n, ...) or None, on the device."""
         self._offload(True)
-        return type(batch)(*(None if each is None else self._to_device(each[self.part]) for each in batch))
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """Without waiting for the GPU, which only a copy from pinned memory allows."""
-        if self.sd.device.type == "cuda":
-            tensor = tensor.contiguous().pin_memory()  # an expanded tensor cannot be pinned
-        return tensor.to(self.sd.device, non_blocking=True)
+        device = self.sd.device
+        return type(batch)(*(None if x is None else x[self.part].to(device, non_blocking=True) for x in batch))
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds: θ, or its adapters; of another part that learns, "text_encoder." and its key."""
