@@ -46,7 +46,7 @@ class SchedulerConfig:
 class Scheduler:
     """ᾱ_t for t = 0 .. num_train_timesteps - 1, and what follows from it.
 
-    Every `t` is an int, a 0-d tensor or a (B,) int64 tensor, one for each sample. Coefficients are always fp32.
+    Every `t` is an int64 tensor: (B,), one for each sample, or 0-d. Coefficients are always fp32.
     """
 
     def __init__(self, config: SchedulerConfig = SchedulerConfig()):
@@ -60,28 +60,25 @@ class Scheduler:
         """Read folder/scheduler_config.json. Raises CheckpointError if it is missing or not supported."""
         return cls(read_config(SchedulerConfig, folder / "scheduler_config.json"))
 
-    def _signal_and_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1-ᾱ_t) on `like`'s device, shaped (B or 1, 1, ...) to multiply it."""
-        if isinstance(t, int):  # a number on the host: no wait for the GPU
-            a = self.alphas_cumprod[t].to(like.device, non_blocking=True)
-        else:
-            a = self.alphas_cumprod.to(like.device, non_blocking=True)[t.to(like.device)]
-        a = a.reshape(-1, *[1] * (like.ndim - 1))
+        t = t.to(like.device).reshape(-1)  # indexing with a 0-d tensor would wait for the GPU
+        a = self.alphas_cumprod.to(like.device, non_blocking=True)[t].reshape(-1, *[1] * (like.ndim - 1))
         return a.sqrt(), (1 - a).sqrt()
 
-    def add_noise(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t ~ q(x_t|x_0) = √ᾱ_t x_0 + √(1-ᾱ_t) ε (DDPM, arXiv 2006.11239, eq. 4), in x_0's shape."""
         signal, noise = self._signal_and_noise(t, x_0)
         return signal * x_0 + noise * eps
 
-    def target(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network predicts from x_t: ε, or v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (arXiv 2202.00512, section 4)."""
         if self.config.prediction_type == "epsilon":
             return eps
         signal, noise = self._signal_and_noise(t, x_0)
         return signal * eps - noise * x_0
 
-    def to_x0_eps(self, prediction: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+    def to_x0_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Undo `add_noise` given the network's prediction: (x_0, ε), both shaped as x_t, at least fp32."""
         signal, noise = self._signal_and_noise(t, x_t)
         if self.config.prediction_type == "epsilon":
@@ -124,17 +121,15 @@ class Scheduler:
         """From noise to data: `latents` (B, ...) ~ N(0, I), fp32, become x_0, in the same shape.
 
         denoise: (x_t, t) -> prediction, guidance included; t a 0-d int64 tensor on the latents' device. generators: one
-        for each image, for ddpm, which alone draws noise. Raises ValueError for an unknown sampler, or steps not 1..T.
+        for each image, for ddpm, which alone draws noise. Raises ValueError for steps not 1..T.
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
         if not 1 <= steps <= self.config.num_train_timesteps:
             raise ValueError(f"steps must be between 1 and {self.config.num_train_timesteps}, not {steps}")
         x, before = latents, None  # before: x_0 and ᾱ of the previous step, for dpm++
         times = self.timesteps(steps, sampler)
         on_device = torch.tensor(times, device=x.device)  # one copy to the GPU, not one a step
-        for t, t_there, a_t, a_s in zip(times, on_device, *self._levels(times, steps, sampler), strict=True):
-            x_0, eps = self.to_x0_eps(denoise(x, t_there), x, t)
+        for t, a_t, a_s in zip(on_device, *self._levels(times, steps, sampler), strict=True):
+            x_0, eps = self.to_x0_eps(denoise(x, t), x, t)
             if sampler == "ddpm":
                 x = ddpm_step(x, x_0, a_t, a_s, randn(x.shape[1:], generators, x.device))
             elif sampler == "ddim":

@@ -121,16 +121,14 @@ def test_noise_and_velocity_are_diffusers_exactly():
     assert ours.target(x_0, eps, t) is eps
     v = scheduler(prediction_type="v_prediction").target(x_0, eps, t)
     assert torch.equal(v, reference.get_velocity(x_0, eps, t))
-    one = ours.add_noise(x_0, eps, 500)
-    assert torch.equal(one, ours.add_noise(x_0, eps, torch.full((5,), 500)))
-    assert torch.equal(one, ours.add_noise(x_0, eps, torch.tensor(500)))
+    same = ours.add_noise(x_0, eps, torch.full((5,), 500))
+    assert torch.equal(same, ours.add_noise(x_0, eps, torch.tensor(500)))
 
 
 def test_impossible_requests():
     for steps, sampler, message in (
         (0, "dpm++", r"^steps must be between 1 and 1000, not 0$"),
         (1001, "ddim", r"^steps must be between 1 and 1000, not 1001$"),
-        (10, "euler", r"^sampler 'euler' is unknown; choose one of ddpm, ddim, dpm\+\+$"),
     ):
         with pytest.raises(ValueError, match=message):
             scheduler().sample(denoise, normal(2, 4, 4, 4), steps, sampler)
