@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.files.errors import CheckpointError
 from model.files.lora_file import ALPHA, DOWN, UP, adapter_name, base_in_header, read_adapters
-from model.files.tensors import load_tensors, read_tensors
+from model.files.tensors import load_tensors
 
 PROJECTION = re.compile(r".+\.attn[12]\.(?:to_[qkv]|to_out\.0)")
 
@@ -56,10 +56,10 @@ class LoRA(nn.ModuleDict):
     """The adapters of a U-Net by their names in files. Training updates its parameters()."""
 
 
-def add_lora(unet: nn.Module, rank: int, alpha: float | None = None, *, generator: torch.Generator) -> LoRA:
-    """Freeze the U-Net and give it new adapters, which change nothing yet; returns them, to be trained.
+def add_lora(unet: nn.Module, rank: int, *, generator: torch.Generator) -> LoRA:
+    """Freeze the U-Net and give it new adapters of alpha = rank, which change nothing yet; returns them, to be trained.
 
-    alpha: by default the rank. generator: on the CPU, draws `down` uniformly, as torch initialises a Linear.
+    generator: on the CPU, draws `down` uniformly, as torch initialises a Linear.
     """
     tensors, alphas = {}, {}
     for place, layer in unet.named_modules():
@@ -68,19 +68,18 @@ def add_lora(unet: nn.Module, rank: int, alpha: float | None = None, *, generato
             uniform = 2 * torch.rand(rank, layer.in_features, generator=generator) - 1
             tensors[name + DOWN] = uniform / layer.in_features**0.5
             tensors[name + UP] = torch.zeros(layer.out_features, rank)
-            alphas[name] = float(rank if alpha is None else alpha)
+            alphas[name] = float(rank)
     unet.requires_grad_(False)
     return _attach(unet, tensors, alphas, "a new LoRA").requires_grad_(True)
 
 
-def load_lora(unet: nn.Module, path: Path, read: dict[str, Tensor] | None = None) -> LoRA:
+def load_lora(unet: nn.Module, path: Path, tensors: dict[str, Tensor]) -> LoRA:
     """Give the U-Net, which has none yet, the adapters of a file, of any layers; frozen; returns them.
 
-    read: the file's tensors, if known. Raises CheckpointError, and leaves the U-Net as it was, if it does not fit.
+    tensors: the file's. Raises CheckpointError, and leaves the U-Net as it was, if it does not fit.
     """
     try:
-        tensors, alphas = read_adapters(path, read_tensors(path) if read is None else read)
-        return _attach(unet, tensors, alphas, path).requires_grad_(False)
+        return _attach(unet, *read_adapters(path, tensors), path).requires_grad_(False)
     except CheckpointError as error:
         if base := base_in_header(path):
             raise CheckpointError(f"{error}; it was made for {base}") from error
@@ -142,15 +141,6 @@ def lora_tensors(unet: nn.Module) -> dict[str, Tensor]:
     """The U-Net's adapters as a file holds them: down, up and alpha."""
     lora = lora_of(unet)
     return lora.state_dict() | {name + ALPHA: torch.tensor(adapter.alpha) for name, adapter in lora.items()}
-
-
-def lora_header(unet: nn.Module) -> dict[str, str]:
-    """The header of a file with the adapters of `add_lora`, as kohya's tools write it; they name the base SD 1 or 2."""
-    adapter = next(iter(lora_of(unet).values()))
-    sizes = {"ss_network_dim": str(adapter.rank), "ss_network_alpha": str(adapter.alpha)}
-    bases = {768: {"ss_base_model_version": "sd_v1"}, 1024: {"ss_base_model_version": "sd_v2", "ss_v2": "True"}}
-    base = bases.get(unet.config.cross_attention_dim, {})
-    return {"format": "pt", "ss_network_module": "networks.lora"} | sizes | base
 
 
 def _adapted(unet: nn.Module) -> list[tuple[str, AdaptedLayer]]:

@@ -105,7 +105,7 @@ class StableDiffusion:
         remove_lora(self.unet)
         tensors, text = read_tensors(path), {}
         if is_lora(tensors):
-            load_lora(self.unet, path, read=tensors)
+            load_lora(self.unet, path, tensors)
         else:
             keys = [key for key in tensors if key.startswith(TEXT_ENCODER)]
             text = {key.removeprefix(TEXT_ENCODER): tensors.pop(key) for key in keys}

@@ -28,11 +28,9 @@ def check_export(path: Path, base: Path) -> None:
 def export_single_file(sd: StableDiffusion, path: Path, header: dict[str, str]) -> None:
     """Write all networks in half precision; a LoRA is merged into the U-Net first, which changes `sd`.
 
-    header: the checkpoint's, which the file gets, without what describes a LoRA (ss_*). Raises ValueError if the file
-    cannot be written.
+    header: the checkpoint's, which the file gets. Raises ValueError if the file cannot be written.
     """
     merge(sd.unet)
-    metadata = {name: value for name, value in header.items() if not name.startswith("ss_")}
     networks = {"unet": sd.unet, "vae": sd.vae, "text_encoder": sd.text_encoder}
     parts = {name: (asdict(network.config), network.state_dict()) for name, network in networks.items()}
-    write_single_file(path, parts | {"scheduler": asdict(sd.scheduler.config)}, metadata)
+    write_single_file(path, parts | {"scheduler": asdict(sd.scheduler.config)}, header)

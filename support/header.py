@@ -10,7 +10,7 @@
 | lora_rank | flags | sample.py, evaluate.py: with --base, a LoRA's prediction type is that base's |
 | step, reward | the kept validation | train.py --resume; step also goes into PNGs |
 | version, noun, step | | train.py: only a file that has all three may be replaced by a run |
-| format, ss_* | | other tools; ss_* are kohya's names for a LoRA |
+| format | | other tools |
 | method and the other settings | settings | people; evaluate.py copies the header into its JSON file |
 """
 
@@ -23,7 +23,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from model.lora import lora_header
 from model.scheduler import SAMPLERS
 from model.stable_diffusion import StableDiffusion, home_of, recommended
 from subject import Subject, visible_files
@@ -38,7 +37,7 @@ def header_of(method: str, args: argparse.Namespace, settings, subject: Subject,
     """The header of a run's checkpoints, before step and reward are known."""
     header = {"format": "pt", "method": method, "version": VERSION, "base": base_name(args.base)}
     header |= {"variant": args.variant, "prediction_type": sd.scheduler.config.prediction_type}
-    header |= {"lora_rank": args.lora_rank} | (lora_header(sd.unet) if args.lora_rank else {})
+    header |= {"lora_rank": args.lora_rank}
     header |= {"token": subject.token, "noun": subject.noun, "live": subject.live} | dataclasses.asdict(settings)
     header |= {"training_prompts": json.dumps(subject.training_prompts, ensure_ascii=False)}
     return {name: str(value) for name, value in header.items() if value is not None}
