@@ -22,7 +22,7 @@ from model.clip import CLIPTextConfig, CLIPTextEncoder
 from model.files.config import config_from, read_json
 from model.files.errors import CheckpointError
 from model.files.lora_file import is_lora
-from model.files.single_file import check_channels, read_single_file, refuse_pickle
+from model.files.single_file import PICKLES, check_channels, read_single_file
 from model.files.tensors import build, load_tensors, read_tensors
 from model.lora import load_lora, remove_lora
 from model.scheduler import Scheduler, SchedulerConfig, randn
@@ -272,7 +272,8 @@ def check_layout(base: Path) -> None:
     if not base.exists():
         raise CheckpointError(f"the base model {base} is not there: --base takes a folder with unet/, ..., or a file")
     if base.is_file():
-        refuse_pickle(base)
+        if base.suffix.lower() in PICKLES:
+            raise CheckpointError(f"{base} is a pickle, which may run code when opened: get this model as .safetensors")
         if not (base.parent / "tokenizer").is_dir():
             raise CheckpointError(
                 f"{base} needs the folder tokenizer (vocab.json, merges.txt) of the base it was made from next to it; "

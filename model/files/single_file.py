@@ -56,12 +56,6 @@ IGNORED = re.compile(
 )
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raise CheckpointError for a .ckpt and similar endings, whatever the file holds."""
-    if Path(path).suffix.lower() in PICKLES:
-        raise CheckpointError(f"{path} is a pickle, which may run code when opened: get this model as .safetensors")
-
-
 def read_single_file(path: Path | str, prediction_type: str | None = None) -> Parts:
     """Read a CompVis-layout file as the parts of a base model's folder.
 
@@ -69,7 +63,6 @@ def read_single_file(path: Path | str, prediction_type: str | None = None) -> Pa
     values of its config}. Tensors are views into the mapped file; they are checked when a network loads them.
     prediction_type: as for `describe`. Raises CheckpointError if the file is broken or no whole SD 1.x or 2.x.
     """
-    refuse_pickle(path)
     tensors = read_tensors(path)
     _refuse_others(tensors, path)
     values = describe(tensors, read_metadata(path), prediction_type, path)

@@ -261,8 +261,9 @@ def test_what_is_no_base(tmp_path, base):
     refused(tmp_path / "none", tmp_path / "none", "not there")
     (tmp_path / "file").touch()
     refused(tmp_path / "file", "tokenizer", "vocab.json", "the base it was made from", "1.x: hf download")
-    (tmp_path / "v1-5.ckpt").touch()
-    refused(tmp_path / "v1-5.ckpt", "pickle", ".safetensors")
+    for name in ("v1-5.ckpt", "v1-5.CKPT", "x.pt", "x.bin"):
+        (tmp_path / name).touch()
+        refused(tmp_path / name, name, "pickle", ".safetensors")
     for part in ("text_encoder_2", "transformer"):
         (tmp_path / f"with-{part}" / part).mkdir(parents=True)
         refused(tmp_path / f"with-{part}", f"has {part}/, as SDXL, SD 3 or Flux", "only Stable Diffusion 1.x and 2.x")
