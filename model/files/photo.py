@@ -25,7 +25,7 @@ def open_photo(path: Path | str, size: int | None = None) -> Image.Image:
 
     It is turned upright by its EXIF orientation and cut to the largest centred square; the colours of its ICC profile
     become sRGB; transparency becomes white; it is resized with Lanczos.
-    Raises SubjectError if the file is not a whole image, or has too many pixels.
+    Raises SubjectError if the file is not a whole image, or has too many pixels or bits.
     """
     try:
         with warnings.catch_warnings():
@@ -56,6 +56,8 @@ def _open(data: bytes, size: int | None) -> Image.Image:
     image.draft(None, (enough, enough))  # does nothing for other formats
     if image.width * image.height > most:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {most / 1e6:.0f} million")
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip
+        raise ValueError("a grey of more than 8 bits: convert it to 8 bits")
     image.load()
     return image
 
@@ -83,7 +85,7 @@ def _centred_square(image: Image.Image) -> Image.Image:
     """The largest centred square of an image of any mode, as 8-bit RGB in sRGB, transparency on white."""
     profile, side = image.info.get("icc_profile"), min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = _to_8_bits(image).crop((left, top, left + side, top + side))
+    image = image.crop((left, top, left + side, top + side))
     square = _to_srgb(image, profile)
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
@@ -91,19 +93,6 @@ def _centred_square(image: Image.Image) -> Image.Image:
             square.putalpha(alpha)
             square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
     return square
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Deep greys as 8-bit grey, scaled: Pillow's own conversion would clip them. Other modes stay."""
-    if image.mode.startswith("I"):  # 16 bits, or 32 of which files use 16
-        image, scale = image.convert("I"), 1 / 257
-    elif image.mode == "F":
-        scale = 255 if image.getextrema()[1] <= 1 else 1
-    else:
-        return image
-    grey = image.point(lambda value: value * scale + 0.5).convert("L")
-    grey.info.clear()  # a transparent grey would be one of 16 bits
-    return grey
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
