@@ -92,7 +92,7 @@ class Metrics:
             predictor = large, AestheticPredictor.from_pretrained(aesthetic, large)
         return cls(clip, tokenizer, dino, reward, photos, predictor)
 
-    def of(self, photos: list[Image.Image], token: str) -> Metrics:
+    def for_subject(self, photos: list[Image.Image], token: str) -> Metrics:
         """The same networks for another subject."""
         reward = Reward(self.reward.align, self.reward.tokenizer, photos, token)
         return Metrics(self.clip, self.tokenizer, self.dino, reward, photos, self.aesthetic)
@@ -163,7 +163,7 @@ class Evaluator:
         photos, token = [open_photo(photo) for photo in job.subject.photos], job.subject.token
         lora = "lora_rank" in job.header  # it needs the base's own weights, which a whole U-Net has replaced
         if self.loaded == (job.base, job.folders, lora):
-            self.metrics = self.metrics.of(photos, token)
+            self.metrics = self.metrics.for_subject(photos, token)
         else:
             self.loaded = self.metrics = self.sd = None  # free the memory first
             self.metrics = Metrics.from_folders(**job.folders, photos=photos, token=token, device=self.device)
@@ -173,7 +173,7 @@ class Evaluator:
             self.loaded = job.base, job.folders, lora
         if job.ckpt:
             self.sd.load_checkpoint(job.ckpt)
-        machine.round_frozen(self.sd.unet, self.sd.precision)
+        machine.cast_frozen_weights(self.sd.unet, self.sd.precision)
 
 
 def titles(args: argparse.Namespace) -> dict[str, str]:
@@ -182,7 +182,7 @@ def titles(args: argparse.Namespace) -> dict[str, str]:
 
 
 def run_one(args: argparse.Namespace, evaluator: Evaluator) -> int:
-    job = evaluation.plan(args, args.subject, args.out)
+    job = evaluation.prepare_job(args, args.subject, args.out)
     subject, settings = job.subject, job.settings
     kind = "given with --prompts" if args.prompts else "of living subjects" if subject.live else "of things"
     print(f"subject {subject.folder}: {len(subject.photos)} photos of {subject.noun!r}, prompts {kind}")
@@ -204,7 +204,8 @@ def run_many(args: argparse.Namespace, evaluator: Evaluator) -> int:
     summary = evaluation.place(args, "dreambench").with_suffix(".eval.json")
     check_writable(summary)
     metrics = titles(args)
-    values, failed = evaluation.walk(args, evaluator, metrics)  # of each subject and metric, a value a prompt
+    # values: of each subject and metric, a value a prompt
+    values, failed = evaluation.evaluate_subjects(args, evaluator, metrics)
     if values and ranks.rank() == 0:
         rows = {name: {key: mean_and_sd(own[key]) for key in metrics} for name, own in values.items()}
         every = {key: mean_and_sd([value for own in values.values() for value in own[key]]) for key in metrics}

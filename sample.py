@@ -66,7 +66,7 @@ def load(args: argparse.Namespace, base: tuple[Path, str | None, str | None], de
 
 def draw(args: argparse.Namespace, sd: StableDiffusion, options: dict, base: Path, header: dict[str, str]) -> None:
     """Draw --n pictures of each prompt. A batch is saved as soon as it is drawn, so that Ctrl-C keeps it."""
-    machine.round_frozen(sd.unet, sd.precision)
+    machine.cast_frozen_weights(sd.unet, sd.precision)
     pages = pages_of(args, header)
     flags.warn_of_truncation(sd.tokenizer, [prompt for prompts in pages.values() for prompt in prompts])
     size = args.size or checked(count, {"resolution": sd.image_size} | header, "resolution", args.ckpt)

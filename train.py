@@ -127,14 +127,14 @@ class RPO:
 
     def batch(self, step: int) -> Batch:
         """Photo i, negative j, a coin for the label; one t for both, and each its own ε."""
-        draws, n = step_generator(self.settings.seed, step), self.settings.batch
-        i = torch.randint(len(self.photos), (n,), generator=draws)
-        j = torch.randint(len(self.c_mod), (n,), generator=draws)
+        rng, n = step_generator(self.settings.seed, step), self.settings.batch
+        i = torch.randint(len(self.photos), (n,), generator=rng)
+        j = torch.randint(len(self.c_mod), (n,), generator=rng)
         p = self.p[i, j]
-        label = preference_label(p, draws)
-        x_ref, x_gen = latents(self.photo_latents, i, draws), latents(self.generated_latents, j, draws)
-        t = torch.randint(len(self.sd.scheduler.alphas_cumprod), (n,), generator=draws)
-        eps_ref, eps_gen = torch.randn(2, *x_ref.shape, generator=draws)
+        label = preference_label(p, rng)
+        x_ref, x_gen = latents(self.photo_latents, i, rng), latents(self.generated_latents, j, rng)
+        t = torch.randint(len(self.sd.scheduler.alphas_cumprod), (n,), generator=rng)
+        eps_ref, eps_gen = torch.randn(2, *x_ref.shape, generator=rng)
         return Batch(x_ref, x_gen, eps_ref, eps_gen, t, self.c.expand(n, -1, -1), self.c_mod[j], i, j, p, label)
 
     def loss(self, batch: Batch) -> RPOLoss:
@@ -194,10 +194,10 @@ class RPO:
         return self.machine.draw(unet, prompts, picture_seeds(settings.seed, stream, len(prompts)), title, **options)
 
 
-def latents(posterior: tuple[Tensor, Tensor], index: Tensor, draws: torch.Generator) -> Tensor:
+def latents(posterior: tuple[Tensor, Tensor], index: Tensor, rng: torch.Generator) -> Tensor:
     """x_0 drawn from the posteriors (mean and standard deviation) of the pictures `index`."""
     mean, std = (part[index] for part in posterior)
-    return mean + std * torch.randn(mean.shape, generator=draws)
+    return mean + std * torch.randn(mean.shape, generator=rng)
 
 
 # ------------------------------------------------------------------------------------------------------------ the run

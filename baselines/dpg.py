@@ -77,10 +77,10 @@ class Critic(nn.Module):
             )
             head = nn.Linear(width, 1)
         self.layers, self.head = layers.to_empty(device="cpu"), head.to_empty(device="cpu")
-        draws = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.startswith("layers") and name.endswith("weight"):
-                nn.init.kaiming_normal_(parameter, generator=draws)
+                nn.init.kaiming_normal_(parameter, generator=rng)
             else:
                 nn.init.zeros_(parameter)
 

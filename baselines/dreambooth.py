@@ -88,12 +88,12 @@ class DreamBooth(RPO):
 
     def batch(self, step: int) -> PriorBatch:
         """Photo i and class image j, each with its own t and ε."""
-        draws, n = step_generator(self.settings.seed, step), self.settings.batch
-        i = torch.randint(len(self.photos), (n,), generator=draws)
-        j = torch.randint(len(self.c_mod), (n,), generator=draws)
-        x_ref, x_class = latents(self.photo_latents, i, draws), latents(self.generated_latents, j, draws)
-        t_ref, t_class = torch.randint(len(self.sd.scheduler.alphas_cumprod), (2, n), generator=draws)
-        eps_ref, eps_class = torch.randn(2, *x_ref.shape, generator=draws)
+        rng, n = step_generator(self.settings.seed, step), self.settings.batch
+        i = torch.randint(len(self.photos), (n,), generator=rng)
+        j = torch.randint(len(self.c_mod), (n,), generator=rng)
+        x_ref, x_class = latents(self.photo_latents, i, rng), latents(self.generated_latents, j, rng)
+        t_ref, t_class = torch.randint(len(self.sd.scheduler.alphas_cumprod), (2, n), generator=rng)
+        eps_ref, eps_class = torch.randn(2, *x_ref.shape, generator=rng)
         return PriorBatch(
             x_ref, x_class, eps_ref, eps_class, t_ref, t_class, self.c.expand(n, -1, -1), self.c_mod[j], i
         )

@@ -30,8 +30,8 @@ class Release(RPO):
     def batch(self, step: int) -> Batch:
         """As RPO's, but t is (n, 2): the photo's and the negative's."""
         batch = super().batch(step)
-        draws = step_generator(self.settings.seed, 2**31 + step)  # no step is as large
-        t_gen = torch.randint(len(self.sd.scheduler.alphas_cumprod), batch.t.shape, generator=draws)
+        rng = step_generator(self.settings.seed, 2**31 + step)  # no step is as large
+        t_gen = torch.randint(len(self.sd.scheduler.alphas_cumprod), batch.t.shape, generator=rng)
         return batch._replace(t=torch.stack([batch.t, t_gen], 1))
 
     def losses(self, batch: Batch) -> tuple[Tensor, ...]:

@@ -109,7 +109,10 @@ def lora_of(unet: nn.Module) -> LoRA:
 
 @contextmanager
 def without_lora(unet: nn.Module):
-    """Inside, the U-Net is the base, θ₀. Under no_grad() only: checkpointed blocks run again in backward(), outside."""
+    """Context manager: the adapters are off, so the U-Net is θ₀.
+
+    Use under no_grad() only: checkpointed blocks run again in backward(), after its end.
+    """
     before = [(layer, layer.on) for _, layer in _adapted(unet)]
     try:
         for layer, _ in before:

@@ -24,25 +24,25 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 class _Tokenizer:
     """The common part: one token in front, one behind, padding to a fixed length."""
 
-    def __init__(self, cutter: Tokenizer, first: str, last: str, pad: str, length: int):
-        """`cutter` splits a text; `first`, `last` and `pad` are tokens of its vocabulary; `length` counts ids."""
-        self.cutter, self.length = cutter, length
-        self.first_id, self.last_id, self.pad_id = (cutter.token_to_id(token) for token in (first, last, pad))
+    def __init__(self, backend: Tokenizer, first: str, last: str, pad: str, length: int):
+        """`backend` splits a text; `first`, `last` and `pad` are tokens of its vocabulary; `length` counts ids."""
+        self.backend, self.length = backend, length
+        self.first_id, self.last_id, self.pad_id = (backend.token_to_id(token) for token in (first, last, pad))
 
     def check_fits(self, config: object, network: str) -> None:
         """Raise CheckpointError if the `network` with this config cannot read all ids, or texts of this length."""
-        ids, most = max(self.cutter.get_vocab().values()) + 1, config.max_position_embeddings
+        ids, most = max(self.backend.get_vocab().values()) + 1, config.max_position_embeddings
         if ids > config.vocab_size or self.length > most:
             ours = f"the tokenizer has {ids} ids and texts of {self.length} tokens"
             raise CheckpointError(f"{ours}, but {network} reads {config.vocab_size} and {most}: use its own tokenizer")
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of a text, without the first and the last one, and not truncated."""
-        return self.cutter.encode(text, add_special_tokens=False).tokens
+        return self.backend.encode(text, add_special_tokens=False).tokens
 
     def overflow(self, text: str) -> str:
         """The end of the text that does not fit, which the model does not see: "" if all of it fits."""
-        cut = self.cutter.encode(text, add_special_tokens=False).offsets[self.length - 2 :]
+        cut = self.backend.encode(text, add_special_tokens=False).offsets[self.length - 2 :]
         return text[cut[0][0] :] if cut else ""
 
     def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ class _Tokenizer:
         ids = torch.full((len(texts), self.length), self.pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, text in enumerate(texts):
-            cut = self.cutter.encode(text, add_special_tokens=False).ids[: self.length - 2]
+            cut = self.backend.encode(text, add_special_tokens=False).ids[: self.length - 2]
             ids[row, : len(cut) + 2] = torch.tensor([self.first_id, *cut, self.last_id])
             mask[row, : len(cut) + 2] = 1
         return ids, mask
@@ -75,14 +75,14 @@ class CLIPTokenizer(_Tokenizer):
         first, last, pad = (token.content for token in special)
         if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
             with error_context(f"{folder / 'tokenizer.json'} is no tokenizer"):
-                cutter = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            cutter.no_padding()
-            cutter.no_truncation()
-            _require([first, last, pad], cutter.get_vocab(), folder)
+                backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            backend.no_padding()
+            backend.no_truncation()
+            _require([first, last, pad], backend.get_vocab(), folder)
         else:
-            cutter = _clip_tokenizer(folder, unknown=last)
-            _add_tokens(cutter, special, folder, settings)
-        return cls(cutter, first, last, pad, _length(settings, 77))
+            backend = _clip_tokenizer(folder, unknown=last)
+            _add_tokens(backend, special, folder, settings)
+        return cls(backend, first, last, pad, _length(settings, 77))
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Ids, int64 (batch, length), truncated and padded."""
@@ -99,8 +99,8 @@ class BertTokenizer(_Tokenizer):
         vocab = {token: index for index, token in enumerate(_lines(folder / "vocab.txt"))}
         _require(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], vocab, folder)
         settings = _optional_json(folder / "tokenizer_config.json")
-        cutter = BertWordPieceTokenizer(vocab, lowercase=settings.get("do_lower_case", True))
-        return cls(cutter, "[CLS]", "[SEP]", "[PAD]", _length(settings, 64))
+        backend = BertWordPieceTokenizer(vocab, lowercase=settings.get("do_lower_case", True))
+        return cls(backend, "[CLS]", "[SEP]", "[PAD]", _length(settings, 64))
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask (1 for a token, 0 for padding), both int64 (batch, length), truncated and padded."""
@@ -123,15 +123,15 @@ def _clip_tokenizer(folder: Path, unknown: str) -> Tokenizer:
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     rules = {"end_of_word_suffix": "</w>", "continuing_subword_prefix": "", "unk_token": unknown}
     with error_context(f"{folder}: the vocabulary and the merges do not fit together"):
-        cutter = Tokenizer(models.BPE(vocab, merges, **rules))
+        backend = Tokenizer(models.BPE(vocab, merges, **rules))
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    cutter.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True)
-    cutter.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    return cutter
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return backend
 
 
-def _add_tokens(cutter: Tokenizer, special: list[AddedToken], folder: Path, settings: dict) -> None:
+def _add_tokens(backend: Tokenizer, special: list[AddedToken], folder: Path, settings: dict) -> None:
     """Add the tokens that are not in the vocabulary, such as <cat-toy>, and mark the special ones."""
     entries = settings.get("added_tokens_decoder")
     if entries is None:
@@ -139,12 +139,12 @@ def _add_tokens(cutter: Tokenizer, special: list[AddedToken], folder: Path, sett
     names = [token.content for token in special]
     added = {int(index): _added_token(entry, special=entry in names) for index, entry in entries.items()}
     for index, token in sorted(added.items()):
-        cutter.add_tokens([token])
-        if (found := cutter.token_to_id(token.content)) != index:
+        backend.add_tokens([token])
+        if (found := backend.token_to_id(token.content)) != index:
             raise CheckpointError(f"{folder}: the added token {token.content} has the id {index}, should be {found}")
-    _require(names, cutter.get_vocab(), folder)
+    _require(names, backend.get_vocab(), folder)
     known = {token.content for token in added.values()}  # adding them again would replace their flags
-    cutter.add_special_tokens([token for token in special if token.content not in known])
+    backend.add_special_tokens([token for token in special if token.content not in known])
 
 
 def _added_token(entry: str | dict, special: bool) -> AddedToken:

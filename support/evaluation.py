@@ -1,4 +1,4 @@
-"""The work of evaluate.py around the scores: its flags, the job of a subject, the walk over DreamBench's subjects."""
+"""The work of evaluate.py around the scores: its flags, the job of a subject, the loop over DreamBench's subjects."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def place(args: argparse.Namespace, name: str) -> Path:
     return Path(stem, f"{name}.safetensors") if args.dreambench else Path(f"{stem}-{name}.safetensors")
 
 
-def plan(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
-    """Check a subject's files and settings. Raises ValueError or OSError for what cannot be used."""
+def prepare_job(args: argparse.Namespace, folder: Path, out: Path | None) -> Job:
+    """The job of a subject, its files and settings checked. Raises ValueError or OSError for what cannot be used."""
     path = place(args, Path(os.path.abspath(folder)).name)
     ckpt = path if args.ckpt else None
     header = read_metadata(ckpt) if ckpt else {}
@@ -169,7 +169,9 @@ def _subject(args: argparse.Namespace, folder: Path, ckpt: Path | None, header: 
     return load_subject(folder, known["noun"], known["live"], known["token"], test_prompts=args.prompts)
 
 
-def walk(args: argparse.Namespace, evaluate: Callable[[Job], dict], metrics: Iterable[str]) -> tuple[dict, dict]:
+def evaluate_subjects(
+    args: argparse.Namespace, evaluate: Callable[[Job], dict], metrics: Iterable[str]
+) -> tuple[dict, dict]:
     """Evaluate every subject of DreamBench that --dreambench holds; a failure is reported and does not stop the rest.
 
     evaluate: returns the content of a job's JSON file. Several processes share the subjects. Returns, in every process,
@@ -180,9 +182,9 @@ def walk(args: argparse.Namespace, evaluate: Callable[[Job], dict], metrics: Ite
         raise ValueError(f"{args.dreambench} holds no subject of DreamBench: give google/dreambooth's folder dataset")
     print(f"{len(names)} of DreamBench's {len(DREAMBENCH_NOUNS)} subjects are in {args.dreambench}")
     jobs, values, failed = {}, {}, {}
-    for name in names[ranks.rank() :: ranks.world_size()]:  # all plans first: an error is known before any drawing
+    for name in names[ranks.rank() :: ranks.world_size()]:  # all jobs first: an error is known before any drawing
         with _reported(name, failed):
-            jobs[name] = plan(args, args.dreambench / name, args.out and args.out / name)
+            jobs[name] = prepare_job(args, args.dreambench / name, args.out and args.out / name)
     for name, job in jobs.items():
         with _reported(name, failed):
             before = job.done(metrics)

@@ -65,7 +65,7 @@ class Machine:
         self.unet.train()
         self.also = {name: copy.deepcopy(getattr(sd, name)).requires_grad_(True).train() for name in also_trained}
         self.parameters += [parameter for network in self.also.values() for parameter in network.parameters()]
-        round_frozen(self.base_unet, sd.precision)
+        cast_frozen_weights(self.base_unet, sd.precision)
         if checkpoint_gradients:
             self.unet.checkpoint_gradients()
         self.drawing_batch = sd.drawing_batch(reserve=8 * sum(each.numel() for each in self.parameters))
@@ -183,8 +183,8 @@ def precision(name: str | None, device: torch.device) -> str:
     return name or "fp32"
 
 
-def round_frozen(network: nn.Module, dtype: torch.dtype) -> None:
-    """Keep frozen weights as autocast would round them at every use: the same numbers, in half of the memory.
+def cast_frozen_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast frozen layers to the autocast dtype: the same results, half the memory.
 
     This covers linear layers and convolutions; autocast uses the norms' weights in fp32.
     """

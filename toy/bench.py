@@ -142,7 +142,7 @@ class Bench:
             networks = folders / "clip", folders / "dino", self.base / "reward"
             self.metrics = Metrics.from_folders(*networks, photos, subject.token, self.sd.device)
         else:
-            self.metrics = self.metrics.of(photos, subject.token)
+            self.metrics = self.metrics.for_subject(photos, subject.token)
         return subject
 
     def run(self, subject: Subject, seed: int, name: str, method: type[train.RPO], options: list[str]) -> None:

@@ -245,16 +245,16 @@ def write_scheduler(folder: Path) -> None:
 
 def write_clip_tokenizer(captions: list[list[str]], folder: Path) -> None:
     """Write CLIP's byte-level BPE, with merges learned from the captions: every word of the world is one token."""
-    cutter = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    cutter.normalizer = normalizers.Lowercase()
-    cutter.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+    backend = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=100_000, min_frequency=20, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
     )
     words = (t for texts in captions[:8000] for t in texts if not any(w in t for w in world.NONCE_WORDS))
-    cutter.train_from_iterator(words, trainer)
-    merges = [tuple(merge) for merge in json.loads(cutter.to_str())["model"]["merges"]]
+    backend.train_from_iterator(words, trainer)
+    merges = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(dict.fromkeys(vocabulary))})

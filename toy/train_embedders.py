@@ -47,7 +47,7 @@ def train_clip_pictures(job: Job) -> None:
 
 def _fit_clip(job: Job, name: str, train_text: bool) -> None:
     data, tokenizer = Data(job.cache, job.device), CLIPTokenizer.from_pretrained(job.weights / "tokenizer")
-    config = clip_config(len(tokenizer.cutter.get_vocab()), tokenizer.last_id)
+    config = clip_config(len(tokenizer.backend.get_vocab()), tokenizer.last_id)
     clip = initialized(job, CLIP(config_from(CLIPConfig, config)), "metrics/clip")
     phrases = data.by_phrase()
 
@@ -123,7 +123,7 @@ def train_align(job: Job) -> None:
     if not job.go_on:
         write_bert_tokenizer(data.captions, job.weights / "reward")
     tokenizer = BertTokenizer.from_pretrained(job.weights / "reward")
-    config = align_config(len(tokenizer.cutter.get_vocab()))
+    config = align_config(len(tokenizer.backend.get_vocab()))
     align = initialized(job, ALIGN(config_from(ALIGNConfig, config)), "reward").to(memory_format=torch.channels_last)
     subjects, side = subjects_by_kind(data), PREPROCESSORS["align"]["crop_size"]["height"]
 

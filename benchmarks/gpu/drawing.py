@@ -19,7 +19,7 @@ from model.align import ALIGN
 from model.files.write import save_tensors
 from model.stable_diffusion import StableDiffusion
 from reward import Reward
-from support.machine import round_frozen
+from support.machine import cast_frozen_weights
 
 GUIDANCE = 7.5
 KINDS = {  # of a GPU's kernels, by their names; the first pattern that is found decides
@@ -39,7 +39,7 @@ def passes(job: Job) -> None:
     """A U-Net pass without gradient, in each layout, with fp32 weights (θ) and rounded ones (θ₀); and diffusers'."""
     sd, peak = StableDiffusion.from_pretrained(job.base, job.device), product_rate(job.device)
     rounded = copy.deepcopy(sd.unet)
-    round_frozen(rounded, sd.precision)
+    cast_frozen_weights(rounded, sd.precision)
     networks = {"ours": sd.unet, "ours, rounded": rounded, "diffusers'": tools.of_diffusers(job, sd.unet)}
     for batch in SIZES[job.size].passes:
         for name, network in networks.items():
@@ -74,7 +74,7 @@ def one_pass(job: Job, sd: StableDiffusion, name: str, network: nn.Module, batch
 def drawing(job: Job) -> None:
     """Seconds a picture at each batch, split, and the kernels of one U-Net pass and of one training step."""
     sd = StableDiffusion.from_pretrained(job.base, job.device)
-    round_frozen(sd.unet, sd.precision)
+    cast_frozen_weights(sd.unet, sd.precision)
     for batch in SIZES[job.size].pictures:
         job.measure(f"drawing {batch}", draw, sd, batch)
     for batch in SIZES[job.size].passes:
@@ -144,7 +144,7 @@ def kernels_of_a_step(job: Job) -> None:
 def graphs(job: Job) -> None:
     """What CUDA graphs would save in a U-Net pass and in a training step; then torch.compile."""
     sd = StableDiffusion.from_pretrained(job.base, job.device)
-    round_frozen(sd.unet, sd.precision)
+    cast_frozen_weights(sd.unet, sd.precision)
     for batch in SIZES[job.size].passes:
         job.measure(f"a CUDA graph of a pass at batch {batch}", graph_of_a_pass, sd, batch)
     for mode, flags in (("the whole U-Net", ()), ("LoRA 16", ("--lora-rank", "16"))):

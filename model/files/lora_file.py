@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.files.config import read_json
 from model.files.errors import CheckpointError
-from model.files.tensors import read_metadata, what_is
+from model.files.tensors import identify, read_metadata
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 
@@ -43,7 +43,7 @@ def read_adapters(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Ten
     if other := next(filter(OTHERS.search, sorted(tensors)), None):
         raise CheckpointError(f"{path} holds {other}: LoRAs of text encoders, LyCORIS and DoRA are not supported")
     if not is_lora(tensors):
-        raise CheckpointError(f"{path} is no LoRA but {what_is(tensors) or 'something unknown'}")
+        raise CheckpointError(f"{path} is no LoRA but {identify(tensors) or 'something unknown'}")
     alpha = _common_alpha(path, tensors)
     tensors = {_kohya_key(key): tensor for key, tensor in tensors.items()}
     ranks = {key.removesuffix(DOWN): len(tensor) for key, tensor in tensors.items() if key.endswith(DOWN)}

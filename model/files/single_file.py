@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from model.files.errors import CheckpointError
-from model.files.tensors import WHOLE, Tensors, read_metadata, read_tensors, what_is
+from model.files.tensors import WHOLE, Tensors, identify, read_metadata, read_tensors
 from model.files.write import save_tensors
 
 Parts = dict[str, tuple[dict, Tensors] | dict]
@@ -225,7 +225,7 @@ def check_channels(takes: int, gives: int, latents: int, source: Path | str) -> 
 
 def _refuse_others(tensors: Tensors, path: Path) -> None:
     """Raise CheckpointError, saying what it is, if the file is not a whole Stable Diffusion in the CompVis layout."""
-    if (kind := what_is(tensors)) not in (None, WHOLE):
+    if (kind := identify(tensors)) not in (None, WHOLE):
         wanted = "--base takes a whole Stable Diffusion 1.x or 2.x, --ckpt what train.py wrote"
         raise CheckpointError(f"{path} is {kind}: {wanted}")
     present = {part for part, prefix in PREFIXES.items() for key in tensors if key.startswith(prefix)}

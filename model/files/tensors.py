@@ -27,7 +27,7 @@ WEIGHT_FILES += ["diffusion_pytorch_model.bin", "pytorch_model.bin"]
 
 WHOLE = "a whole base model in one file, to be given as --base FILE"
 # Patterns in tensors' names that only one kind of file has. The first that is found decides.
-TELL_TALES = {
+KEY_PATTERNS = {
     r"lora_|[_.]lora\.|hada_w|lokr_w": "a LoRA, not a whole U-Net",
     r"^conditioner\.embedders\.|add_embedding\.|\.label_emb\.": "an SDXL or an upscaler, which is not supported",
     r"^(model\.diffusion_model\.)?(joint|double|double_stream)_blocks\.": "a Stable Diffusion 3, a Flux or the like",
@@ -95,10 +95,10 @@ def _opened(path: Path):
         yield file
 
 
-def what_is(keys: Iterable[str]) -> str | None:
+def identify(keys: Iterable[str]) -> str | None:
     """What a file with these tensors is, such as "a VAE"; None if it is no public kind."""
     keys = list(keys)
-    return next((kind for pattern, kind in TELL_TALES.items() if any(re.search(pattern, key) for key in keys)), None)
+    return next((kind for pattern, kind in KEY_PATTERNS.items() if any(re.search(pattern, key) for key in keys)), None)
 
 
 def load_tensors(network: nn.Module, tensors: Tensors, source: Path | str, dtype=torch.float32) -> None:
@@ -106,7 +106,7 @@ def load_tensors(network: nn.Module, tensors: Tensors, source: Path | str, dtype
 
     Raises CheckpointError, naming the first few keys, if any is missing, unexpected, misshapen or not floating-point.
     """
-    expected, kind = network.state_dict(), what_is(tensors)
+    expected, kind = network.state_dict(), identify(tensors)
     # position_ids is a constant in older files
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     shapes = {name: (tuple(tensors[name].shape), tuple(expected[name].shape)) for name in tensors if name in expected}
@@ -118,7 +118,7 @@ def load_tensors(network: nn.Module, tensors: Tensors, source: Path | str, dtype
         "has other shapes:": [f"{name} is {a} and should be {b}" for name, (a, b) in shapes.items() if a != b],
     }
     if problems := [f"{what} {_some(names)}" for what, names in found.items() if names]:
-        if kind and kind != what_is(expected):
+        if kind and kind != identify(expected):
             problems.insert(0, f"is {kind}")
         raise CheckpointError(f"{source} does not fit {type(network).__name__}: it {'; it '.join(problems)}")
     cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -243,7 +243,7 @@ def test_bad_files(tmp_path, save, name, content, message):
 def test_fits(tmp_path):
     """A network with an id too few, or with too few places, is another tokenizer's."""
     tokenizer = BertTokenizer.from_pretrained(save_bert(tmp_path))
-    ids = max(tokenizer.cutter.get_vocab().values()) + 1
+    ids = max(tokenizer.backend.get_vocab().values()) + 1
     tokenizer.check_fits(SimpleNamespace(vocab_size=ids, max_position_embeddings=64), "X")
     for size, most in ((ids - 1, 64), (ids, 63)):
         with pytest.raises(CheckpointError, match=rf"^the tokenizer has {ids} ids .* X reads {size} and {most}:"):

@@ -38,13 +38,13 @@ def test_default_precision(monkeypatch):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_rounded_frozen_weights_change_no_prediction(sd, lora):
+def test_cast_frozen_weights_change_no_prediction(sd, lora):
     unet = sd.unet
     if lora:
         add_lora(unet, 2, generator=torch.Generator())
     rounded, other = copy.deepcopy(unet), nn.Module()
     other.weight = rounded.conv_in.weight  # of another network, which must not change
-    machine.round_frozen(rounded, torch.bfloat16)
+    machine.cast_frozen_weights(rounded, torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in rounded.named_parameters()}
     assert dtypes["conv_in.weight"] == dtypes["mid_block.attentions.0.proj_out.weight"] == torch.bfloat16
     assert dtypes["conv_norm_out.weight"] == other.weight.dtype == torch.float32  # autocast computes norms in fp32

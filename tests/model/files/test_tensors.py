@@ -17,7 +17,7 @@ from torch import nn
 
 from model.files import tensors as files
 from model.files.errors import CheckpointError, error_context
-from model.files.tensors import find_weights, load_tensors, read_metadata, read_tensors, what_is
+from model.files.tensors import find_weights, identify, load_tensors, read_metadata, read_tensors
 from model.vae import VAE
 from toy.networks import WEIGHTS as TOY
 
@@ -157,8 +157,8 @@ def test_what_diffusers_writes(tmp_path, variant, safe):
         ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
     ],
 )
-def test_what_is(key, kind):
-    assert kind in what_is(["time_embedding.linear_1.weight", key])
+def test_identify(key, kind):
+    assert kind in identify(["time_embedding.linear_1.weight", key])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_what_is(key, kind):
 def test_what_the_networks_are(part, kind):
     """The refusal of a file says which network it belongs to."""
     tensors = read_tensors(find_weights(TOY / part))
-    assert what_is(tensors) == kind
+    assert identify(tensors) == kind
     refused(lambda: load_tensors(Network(Config()), tensors, "FILE"), f"FILE does not fit Network: it is {kind}; it ")
 
 
