@@ -4,8 +4,8 @@
                         │          │          │          │         mid
     output ─ conv_out ──┴── up 3 ──┴── up 2 ──┴── up 1 ──┴── up 0 ──┘
 
-The vertical bars are skip connections, one for conv_in, each layer and each halving. Modules carry the names of the
-public `unet/diffusion_pytorch_model.safetensors`.
+The vertical bars are skip connections, one after conv_in, after each layer and after each downsampling. Modules carry
+the names of the public `unet/diffusion_pytorch_model.safetensors`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ EMBEDDED_BASE = Path(__file__).parent.parent / "weights" / "toy"
 
 
 class _Lossy(io.FileIO):
-    """A file that drops what it cannot write."""
+    """A raw stream that ignores write errors."""
 
     def write(self, data) -> int:
         try:

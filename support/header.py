@@ -44,7 +44,10 @@ def header_of(method: str, args: argparse.Namespace, settings, subject: Subject,
 
 
 def identity_of(method: str, args: argparse.Namespace, settings, subject: Subject) -> dict[str, str]:
-    """What must be equal for --resume: all settings but steps and patience, and the contents of the files, wherever."""
+    """What must be equal for --resume: all settings but steps and patience, and the contents of the files.
+
+    Their paths may differ.
+    """
     identity = dataclasses.asdict(settings)
     del identity["steps"], identity["patience"]
     identity |= {name: getattr(args, name) for name in ("variant", "prediction_type", "precision", "lora_rank")}
@@ -84,7 +87,7 @@ def _content(file: Path, size: int, changed: int) -> str:
 
 
 def base_name(base: Path) -> str:
-    """A base model's folder as a checkpoint names it: "weights/toy" for the embedded one, wherever the project is."""
+    """A base model's folder as a checkpoint names it: "weights/toy" for the embedded one, wherever this project is."""
     if base.resolve() == EMBEDDED_BASE.resolve():
         return "weights/toy"
     return str(base.absolute())  # not resolved: a linked single file has its tokenizer/ next to the link

@@ -85,7 +85,7 @@ class Machine:
     def free_base(self) -> None:
         """Free the memory of θ₀, for a loss that does not need it. `theta_0` cannot be called afterwards.
 
-        From then on sd has the parts that learn besides θ in the place of the base's.
+        `sd` then holds the other trained parts, such as the text encoder, instead of the base's.
         """
         self.base_unet = self.sd.unet = None
         for name, network in self.also.items():

@@ -21,9 +21,9 @@ from model.lora import add_lora
 from model.unet import UNet, UNetConfig
 from support import ranks
 
-# Bytes a channel and position of all levels' maps, in fp32 and in half precision. KEPT: what the forward pass keeps
-# for backward(), counted by autograd in SD 1.5, and with --checkpoint-gradients. LAYER: what backward() needs in the
-# widest layer, besides.
+# Bytes per channel and position, summed over the feature maps of all levels, in fp32 and in half precision. KEPT: what
+# the forward pass keeps for backward(), counted by autograd in SD 1.5, and with --checkpoint-gradients. LAYER: what
+# backward() needs in the widest layer, in addition.
 KEPT = {"fp32": 715, "half": 345}
 KEPT_CHECKPOINTED = {"fp32": 70, "half": 50}
 LAYER = {"fp32": 150, "half": 90}

@@ -85,8 +85,8 @@ def picture_name(prompt: str, seed: int) -> str:
 def check_folder(folder: Path) -> None:
     """Raise ValueError if pictures cannot be written there, or if it is a folder of the user's photos.
 
-    The next training would take our pictures for photos. A folder that has a grid of ours holds our pictures. A run's
-    film strip is nobody's photo.
+    The next training would take our pictures for photos. A folder that has a grid of ours holds our pictures. A PNG
+    next to a .jsonl is a film strip and does not count.
     """
     check_writable(folder / "grid.png")
     files = visible_files(folder) if folder.is_dir() else []
@@ -94,7 +94,7 @@ def check_folder(folder: Path) -> None:
     pictures = [path for path in pictures if not path.with_suffix(".jsonl").is_file()]
     others = [path for path in pictures if not _is_ours(path)]
     if others and not any(map(_is_ours, folder.glob("grid*.png"))):
-        raise ValueError(f"{others[0]} is a picture of yours, and {folder} no place for ours: give another --out")
+        raise ValueError(f"{others[0]} is a picture of yours: give another folder as --out, for results only")
 
 
 def _is_ours(path: Path) -> bool:

@@ -61,7 +61,7 @@ class Record:
         self.strip: list[Validation] = []  # the film strip's rows
         self.best_step, self.best_reward = None, -math.inf  # of the validations so far, without step 0
         self.stale = 0  # validations since the best one, for patience
-        # Three steps that differ after an interruption between two states:
+        # Three step numbers, which may differ after an interruption:
         self.done = 0  # of the last validation
         self.kept = None  # of the weights on disk, with their reward
         self.saved = None  # of the state on disk
