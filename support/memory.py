@@ -103,11 +103,13 @@ def print_estimate(args: argparse.Namespace, device: torch.device) -> bool:
 
 def remedy(args: argparse.Namespace) -> str:
     """What to try when the memory does not suffice for train.py, in this order."""
+    settings = getattr(args, "settings", None)
     advice = {
         "--precision bf16": args.precision == "fp32",
-        "--lora-rank 16": not args.lora_rank,  # the whole U-Net's weights take more than its activations
+        "--lora-rank 16": not args.lora_rank
+        and not (settings and settings.also_trained),  # the whole U-Net's weights take more than its activations
         "--checkpoint-gradients": not args.checkpoint_gradients,
-        "a smaller --batch": "settings" not in args or args.settings.batch > ranks.world_size(),
+        "a smaller --batch": not settings or settings.batch > ranks.world_size(),
         "a larger machine": True,
     }
     return "try " + ", then ".join(name for name, helps in advice.items() if helps)

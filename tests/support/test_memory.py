@@ -96,6 +96,9 @@ def test_remedies_come_in_order():
         ({"checkpoint_gradients": True, "lora_rank": 4, "batch": 1}, "a larger machine"),
     ):
         assert memory.remedy(flags(**changed)) == f"try {expected}"
+    both = flags()
+    both.settings.also_trained = ("text_encoder",)  # LoRA is refused then
+    assert memory.remedy(both).startswith("try --checkpoint-gradients, then ")
     loading = flags(precision=None)
     del loading.settings
     assert "a smaller --batch" in memory.remedy(loading)
