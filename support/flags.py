@@ -37,7 +37,11 @@ def _protect_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:  # closed, as by 2>&-; a file opened later would get its number, and what libraries print
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif stream is getattr(sys, f"__{name}__") and os.name != "nt":  # a Windows console is no file
+        elif stream is not getattr(sys, f"__{name}__"):
+            continue
+        elif os.name == "nt":  # a console is no file there; of a redirected stream the encoding may lack λ
+            stream.reconfigure(errors="replace")
+        else:
             raw = io.BufferedWriter(_Lossy(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
 
