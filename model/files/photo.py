@@ -25,7 +25,8 @@ def open_photo(path: Path | str, size: int | None = None) -> Image.Image:
 
     It is turned upright by its EXIF orientation and cut to the largest centred square; the colours of its ICC profile
     become sRGB; transparency becomes white; it is resized with Lanczos.
-    Raises SubjectError if the file is not a whole image, or has too many pixels or bits.
+    Prints a line if it is enlarged. Raises SubjectError if the file is not a whole image, or has too many pixels or
+    bits.
     """
     try:
         with warnings.catch_warnings():
@@ -35,6 +36,8 @@ def open_photo(path: Path | str, size: int | None = None) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
             square = _centred_square(image)
         size = size or square.width
+        if square.width < size:
+            print(f"note: {path} is enlarged from {square.width} to {size} pixels: a larger photo is better")
         return square.resize((size, size), Image.Resampling.LANCZOS)
     except Exception as error:  # for bad data Pillow raises OSError, SyntaxError, struct.error and others
         unknown = isinstance(error, UnidentifiedImageError)

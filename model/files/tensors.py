@@ -52,7 +52,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
     for file in WEIGHT_FILES:
         if variant is None and file in names:
             return folder / file
-        pattern = file.replace(".", rf"\.{variant}\." if variant else r"\.\w+\.")
+        pattern = file.replace(".", rf"\.{re.escape(variant)}\." if variant else r"\.\w+\.")
         found = [name for name in names if re.fullmatch(pattern, name)]
         if len(found) > 1:
             raise CheckpointError(f"{folder} holds {_some(found)}: choose one of these variants with --variant")

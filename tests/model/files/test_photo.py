@@ -1,5 +1,6 @@
 """Photos of every kind that a folder may hold: formats, sizes, orientation, colours, transparency, broken files."""
 
+import re
 import struct
 import zlib
 
@@ -65,6 +66,14 @@ def test_bad_photos_are_named(tmp_path):
 
 
 # ---- size and orientation
+
+
+def test_a_small_photo_is_enlarged_with_a_note(tmp_path, capsys):
+    image = Image.effect_noise((20, 15), 80).convert("RGB")
+    saved(tmp_path, image, size=15)
+    assert capsys.readouterr().out == ""
+    assert saved(tmp_path, image, size=16).size == (16, 16)
+    assert re.fullmatch("note: .*a.png is enlarged from 15 to 16 pixels: .*\n", capsys.readouterr().out)
 
 
 def test_centre_crop_then_lanczos(tmp_path):

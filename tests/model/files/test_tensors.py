@@ -99,7 +99,7 @@ CHOICES = [  # what a folder holds; the variant asked for; what is taken, or pie
     (f"{UNET}.safetensors {UNET}.non_ema.safetensors", "non_ema", f"{UNET}.non_ema.safetensors"),
     (f"{NAME} model.fp16.safetensors", "bf16", ["variant bf16", NAME, "model.fp16.safetensors"]),
     ("config.json model.onnx pytorch_lora_weights.safetensors", None, [f"{UNET}.safetensors", "config.json, model"]),
-    ("", "fp16", ["variant fp16", "no file"]),
+    ("", "fp16(", ["variant fp16(", "no file"]),
 ]
 
 
