@@ -98,7 +98,8 @@ def pages_of(args: argparse.Namespace, header: dict[str, str]) -> dict[str, list
     """The file names of the pages, and each one's prompts. Without a checkpoint's noun they are of a dog."""
     known = (header.get("token", "[V]"), header["noun"]) if "noun" in header else ("", "dog")
     if not args.skill:
-        return {"grid.png": list(dict.fromkeys(args.prompt or fill(DEFAULT_PROMPTS, *known)))}
+        own = [prompt.replace("{V}", known[0]).replace("{noun}", known[1]) for prompt in args.prompt or ()]
+        return {"grid.png": list(dict.fromkeys(own or fill(DEFAULT_PROMPTS, *known)))}
     names = SKILLS if args.skill == "all" else [args.skill]
     return {f"grid-{name}.png": fill(SKILLS[name], *known) for name in names}
 
@@ -107,7 +108,7 @@ def main() -> int:
     parser = flags.Parser(description=__doc__)
     add, what = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--ckpt", type=flags.path, help="a checkpoint of train.py (default: none, the base itself)")
-    prompt = "what to draw; may be given again (default: four prompts)"
+    prompt = "what to draw, perhaps with {V} and {noun}; may be given again (default: four prompts)"
     what.add_argument("--prompt", type=flags.text, action="append", help=prompt)
     what.add_argument("--skill", choices=(*SKILLS, "all"), help="draw what the paper's figure of this skill asks for")
     add("--n", type=count, help="pictures a prompt, of seeds --seed, --seed + 1, ... (default: 4; 1 with --skill)")

@@ -140,9 +140,9 @@ def test_options_reach_the_pictures(run, base):
 
 def test_png_carries_its_settings(run, base, ckpt, elsewhere):
     path = shutil.copy(ckpt, elsewhere / '{my}, "dog": 犬.safetensors')
-    assert run("--ckpt", path, "--prompt", "a {V} dog, été ❄", "--seed", 3, "--steps", 2) == 0
+    assert run("--ckpt", path, "--prompt", "a {V} {noun}, {été} ❄", "--seed", 3, "--steps", 2) == 0
     (name,) = set(files_in(Path("outputs"))) - {"grid.png"}
-    expected = {"prompt": "a {V} dog, été ❄", "Steps": "2", "Sampler": "DPM++ 2M", "CFG scale": "3", "Size": "16x16"}
+    expected = {"prompt": "a [V] dog, {été} ❄", "Steps": "2", "Sampler": "DPM++ 2M", "CFG scale": "3", "Size": "16x16"}
     expected |= {"Model": path.name, "Base": "base", "Step": "40", "Seed": "3"}
     assert parameters(Path("outputs") / name) == expected == parameters(Path("outputs/grid.png"))
     # A LoRA is no checkpoint for other tools: its base is the model.
