@@ -232,8 +232,8 @@ def guided(unet: Denoiser, context: Tensor, empty: Tensor, guidance: float) -> C
         if guidance == 1:
             return unet(latents, t, context).float()
         both = torch.cat([empty.expand_as(context), context])
-        unconditional, conditional = unet(torch.cat([latents, latents]), t, both).chunk(2)
-        return (unconditional + guidance * (conditional - unconditional)).float()
+        unconditional, conditional = unet(torch.cat([latents, latents]), t, both).float().chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
 
     return denoise
 
