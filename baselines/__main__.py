@@ -22,7 +22,7 @@ def main() -> int:
         print(f"usage: python -m baselines {{{','.join(names)}}} --subject FOLDER ...", file=stream)
         return 0 if asked else 2
     module = importlib.import_module(f"baselines.{name}")
-    sys.argv = [f"baselines {name}", *sys.argv[2:]]
+    sys.argv = [f"python -m baselines {name}", *sys.argv[2:]]
     return train.main(module.METHOD, module.__doc__)
 
 

@@ -40,6 +40,7 @@ from torch.func import functional_call
 
 from baselines.dreambooth import DreamBooth, DreamBoothSettings, PriorBatch
 from model.dino import DINO
+from model.files.errors import CheckpointError
 from model.stable_diffusion import home_of
 from reward import Reward, unit_features
 from rpo import denoising_loss
@@ -129,7 +130,10 @@ class DPG(DreamBooth):
         self.record.learning |= {"critic": self.critic, "critic_optimizer": self.critic_optimizer}  # for --resume
         self.dino = None
         if self.settings.dpg_reward == "dino":
-            self.dino = DINO.from_pretrained(home_of(run.base) / "metrics" / "dino").to(run.sd.device)
+            folder = home_of(run.base) / "metrics" / "dino"
+            if not folder.is_dir():
+                raise CheckpointError(f"{folder} is missing, which should hold DINO: copy or link its folder there")
+            self.dino = DINO.from_pretrained(folder).to(run.sd.device)
             self.machine.offloadable = []  # every step decodes pictures
 
     def prepare(self) -> None:

@@ -158,9 +158,9 @@ def test_the_command_lists_the_baselines(monkeypatch, capsys, tmp_path):
     command = [sys.executable, "-m", "baselines", "dreambooth", "--subject", "nothing"]
     bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert re.fullmatch("baselines dreambooth: error: nothing .*\n", bad.stderr)
+    assert re.fullmatch("python -m baselines dreambooth: error: nothing .*\n", bad.stderr)
     assert call(baselines.__main__, monkeypatch, "dreambooth", "--subject", tmp_path, "--prior-weight", -1) == 2
-    assert capsys.readouterr().err.startswith("baselines dreambooth: error: argument --prior-weight")
+    assert capsys.readouterr().err.startswith("python -m baselines dreambooth: error: argument --prior-weight")
 
 
 def test_flags_and_default_result(run, tmp_path):
