@@ -80,9 +80,14 @@ def estimate_of(args: argparse.Namespace) -> dict[str, int]:
     config, resolution = config_from(UNetConfig, values, source), args.settings.resolution
     side = math.ceil(resolution / 8) if resolution else config.sample_size  # 8: of every public VAE
     with error_context(f"the configuration of {source} describes no possible network"):
-        pictures = math.ceil(args.settings.batch / ranks.world_size()) * args.settings.pictures_a_pair
+        pictures = pairs_of_a_process(args) * args.settings.pictures_a_pair
         modes = args.precision, args.lora_rank, args.checkpoint_gradients
         return estimate(config, sum(numbers.values()), side, pictures, *modes, also)
+
+
+def pairs_of_a_process(args: argparse.Namespace) -> int:
+    """The largest part of --batch that one process trains on."""
+    return math.ceil(args.settings.batch / ranks.world_size())
 
 
 def free_memory(device: torch.device) -> float:
@@ -94,8 +99,8 @@ def print_estimate(args: argparse.Namespace, device: torch.device) -> bool:
     """Print the estimate; return True if the GPU has less free, after a warning. Raises CheckpointError as loading."""
     parts, free = estimate_of(args), free_memory(device)
     total, listed = sum(parts.values()), ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    pairs, pictures = args.settings.batch, args.settings.pictures_a_pair
-    print(f"memory, estimated: {total / 1e9:.1f} GB for {pairs} x {pictures} pictures a step ({listed})")
+    pictures = f"{pairs_of_a_process(args)} x {args.settings.pictures_a_pair} pictures"
+    print(f"memory, estimated: {total / 1e9:.1f} GB for {pictures} a step ({listed})")
     if total > free:
         print(f"warning: this GPU has {free / 1e9:.1f} GB free: {remedy(args)}")
     return total > free
