@@ -109,10 +109,10 @@ def print_estimate(args: argparse.Namespace, device: torch.device) -> bool:
 def remedy(args: argparse.Namespace) -> str:
     """What to try when the memory does not suffice for train.py, in this order."""
     settings = getattr(args, "settings", None)
+    only_whole = settings and settings.also_trained  # LoRA is refused then
     advice = {
         "--precision bf16": args.precision == "fp32",
-        "--lora-rank 16": not args.lora_rank
-        and not (settings and settings.also_trained),  # the whole U-Net's weights take more than its activations
+        "--lora-rank 16": not (args.lora_rank or only_whole),  # a U-Net's weights take more than its activations
         "--checkpoint-gradients": not args.checkpoint_gradients,
         "a smaller --batch": not settings or settings.batch > ranks.world_size(),
         "a larger machine": True,
