@@ -110,8 +110,8 @@ class Machine:
         """This process's part of a batch, a NamedTuple of tensors (n, ...) or None, on the device."""
         self._offload(True)
         device = self.sd.device
-        waits = device.type == "mps"  # an Apple GPU may read the batch after it is freed
-        return type(batch)(*(None if x is None else x[self.part].to(device, non_blocking=not waits) for x in batch))
+        async_copy = device.type != "mps"  # an Apple GPU may read the batch after it is freed
+        return type(batch)(*(None if x is None else x[self.part].to(device, non_blocking=async_copy) for x in batch))
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds: θ, or its adapters; of another part that learns, "text_encoder." and its key."""
