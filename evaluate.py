@@ -100,7 +100,8 @@ class Metrics:
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Tensor]:
         """n RGB pictures, and each one's prompt -> {"dino", "clip_i", "clip_t", "align_i", "align_t"}, each (n,) fp32.
 
-        And "aesthetic", if its networks are there. Raises FloatingPointError if a network's output is not finite.
+        And "aesthetic", if its networks are there. Raises ValueError if there are not as many prompts as pictures,
+        FloatingPointError if a network's output is not finite.
         """
         align_i, align_t = self.reward.alignments(images, prompts)
         texts = [strip_token(prompt, self.reward.token) for prompt in prompts]

@@ -81,6 +81,8 @@ class Reward:
 
     def alignments(self, images: list[Image.Image], prompts: list[str]) -> tuple[Tensor, Tensor]:
         """(ALIGN-I, ALIGN-T) of n RGB images, each with its own prompt: each (n,), fp32, on ALIGN's device."""
+        if len(images) != len(prompts):  # one prompt would be broadcast to all images
+            raise ValueError(f"each image needs its own prompt: {len(images)} images, {len(prompts)} prompts")
         x, c = self._image_features(images), self._text_features(prompts)
         return align_i(x, self.reference_features), similarity(x, c)
 

@@ -121,8 +121,10 @@ class Scheduler:
         """From noise to data: `latents` (B, ...) ~ N(0, I), fp32, become x_0, in the same shape.
 
         denoise: (x_t, t) -> prediction, guidance included; t a 0-d int64 tensor on the latents' device. generators: one
-        for each image, for ddpm, which alone draws noise. Raises ValueError for steps not 1..T.
+        for each image, for ddpm, which alone draws noise. Raises ValueError for an unknown sampler, or steps not 1..T.
         """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
         if not 1 <= steps <= self.config.num_train_timesteps:
             raise ValueError(f"steps must be between 1 and {self.config.num_train_timesteps}, not {steps}")
         x, before = latents, None  # before: x_0 and ᾱ of the previous step, for dpm++

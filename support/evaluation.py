@@ -150,6 +150,8 @@ def prepare_job(args: argparse.Namespace, folder: Path, out: Path | None) -> Job
     drawing = drawing_options(args, ckpt, header, base[0]) | {"n": args.n, "seed": args.seed, "size": size}
     drawing |= {"prompts": subject.test_prompts, "precision": args.precision}
     out, result = out or path.with_suffix(".eval"), path.with_suffix(".eval.json")
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"--out {out} is the folder of the photos: give another one")
     check_folder(out)
     check_writable(result)
     files = {"ckpt": [ckpt] if ckpt else [], "base": files_of_base(base[0]), "photos": subject.photos}

@@ -411,7 +411,7 @@ def test_empty_folder_and_unwritable_places(run, base, dog, tmp_path, capsys):
         (tmp_path / folder).mkdir()
     (tmp_path / "here" / "file").write_text("a file", encoding="utf-8")
     before = files_in(tmp_path)
-    bad = {"photos": (tmp_path / "empty", "o"), "file": (dog, "file"), "is a picture of yours": (dog, dog)}
+    bad = {"photos": (tmp_path / "empty", "o"), "file": (dog, "file"), "folder of the photos": (dog, dog)}
     bad["base-base-dog.eval.json"] = dog, "out"
     for word, (photos, out) in bad.items():
         assert run("--base", base, "--subject", photos, "--out", out) == 2

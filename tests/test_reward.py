@@ -141,10 +141,12 @@ def test_autocast_around_the_reward_does_not_round_the_cosines():
         assert torch.equal(reward([colour(90, 120, 33)], ["a dog"], 0.3), plain)
 
 
-def test_another_models_tokenizer():
+def test_arguments_that_do_not_fit():
+    with pytest.raises(ValueError, match="2 images, 1 prompts"):  # broadcast
+        rewards_of(RED).alignments([RED, RED], ["a dog"])
     small = FakeALIGN()
     small.config.text_config["vocab_size"] = 2
-    with pytest.raises(ValueError, match=r"^ALIGN is too small"):
+    with pytest.raises(ValueError, match=r"^ALIGN is too small"):  # another model's tokenizer
         Reward(small, FakeTokenizer(), [RED])
 
 

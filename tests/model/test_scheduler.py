@@ -129,6 +129,7 @@ def test_impossible_requests():
     for steps, sampler, message in (
         (0, "dpm++", r"^steps must be between 1 and 1000, not 0$"),
         (1001, "ddim", r"^steps must be between 1 and 1000, not 1001$"),
+        (10, "euler", r"^sampler 'euler' is unknown; choose one of ddpm, ddim, dpm\+\+$"),
     ):
         with pytest.raises(ValueError, match=message):
             scheduler().sample(denoise, normal(2, 4, 4, 4), steps, sampler)
